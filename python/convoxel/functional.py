@@ -1,0 +1,3 @@
+"""The names of torch.nn.functional."""
+
+from torch.nn.functional import *  # noqa: F403

@@ -1,0 +1,1 @@
+"""torch operators `torch.ops.convoxel.*`."""
