@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 
@@ -602,6 +604,12 @@ def test_the_same_volume_gives_the_same_bytes_and_usual_permissions(tmp_path):
 
 
 def test_without_nibabel_the_message_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
     with pytest.raises(ImportError, match=r"convoxel\[io\]"):
         read(tmp_path / "a.nii")
+
+
+def test_import_convoxel_does_not_import_nibabel():
+    code = "import convoxel, sys; assert 'nibabel' not in sys.modules; convoxel.volume.read; convoxel.no_such"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AttributeError: module 'convoxel' has no attribute 'no_such'" in run.stderr
