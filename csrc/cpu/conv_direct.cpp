@@ -1,0 +1,312 @@
+// Direct convolution, forward F(x, w) and input gradient G(dy, w), as one engine.
+//
+// Both are a correlation  out[o] = sum_t w[t] in[o * step + t * tap + start]  along every axis. For F
+// that is the definition. For G with stride s, outputs i = r + s j of equal residue r form a phase that
+// uses every s-th tap (every s / gcd(s, dilation)-th), a stride-1 correlation of its own; the phases
+// share one packed window. Weights are packed per call into [block of k][block of c][tap][c][k].
+//
+// An item of work is (image, group, tile of the output, some blocks of output channels):
+//   for each block of input channels: pack the window; for each block of output channels, phase, row:
+//   register tiles. Sums run over c within a block of at most 64 channels, then over blocks.
+#include <type_traits>
+
+#include "conv_tile.h"
+#include "gemm.h"
+#include "tables.h"
+
+namespace convoxel {
+namespace {
+
+struct Plan {
+  bool transposed;          // G
+  int64_t N, groups, C, K;  // C: input channels, K: output channels, both per group
+  int64_t channel_block, blocks_per_item;
+  Axis axis[kAxes];
+  int64_t tiles[kAxes], items, taps;
+  int64_t panel, window, out_tile, index[kAxes];  // elements of scratch
+};
+
+inline int64_t window_elements(const Plan& p) {
+  return extent(p.axis[kD], p.axis[kD].tile) * extent(p.axis[kH], p.axis[kH].tile) *
+         extent(p.axis[kW], p.axis[kW].tile) * p.channel_block;
+}
+
+// Tiles as large as the window's budget allows: a few register tiles along W, then H and D in turn.
+template <class A>
+inline void choose_tiles(Plan& p) {
+  Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
+  d->tile = h->tile = 1;
+  w->tile = ceil_div(w->count, ceil_div(ceil_div(w->count, kTileRows), 4));
+  for (bool grown = true; grown;) {
+    grown = false;
+    for (Axis* a : {h, d}) {
+      if (a->tile == a->count || (a == h && h->tile > 2 * d->tile && d->tile < d->count)) continue;
+      ++a->tile;
+      if (window_elements(p) * int64_t(sizeof(A)) <= kTileBytes) grown = true;
+      else --a->tile;
+    }
+  }
+  for (Axis& a : p.axis) a.tile = ceil_div(a.count, ceil_div(a.count, a.tile));
+}
+
+inline void count_items(Plan& p, int64_t blocks) {
+  p.items = p.N * p.groups * ceil_div(blocks, p.blocks_per_item);
+  for (int a = 0; a < kAxes; ++a) p.items *= p.tiles[a] = ceil_div(p.axis[a].count, p.axis[a].tile);
+}
+
+template <class A>
+Plan make_plan(const ConvGeometry& g, bool transposed) {
+  Plan p{};
+  p.transposed = transposed;
+  p.N = g.N, p.groups = g.groups;
+  p.C = (transposed ? g.K : g.C) / g.groups, p.K = (transposed ? g.C : g.K) / g.groups;
+  p.channel_block = ceil_div(p.C, ceil_div(p.C, kChannelBlock));
+  p.taps = 1;
+  for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
+  choose_tiles<A>(p);
+  ChannelBlocks<A> blocks(p.K);
+  p.blocks_per_item = min<int64_t>(blocks.count, 4);
+  count_items(p, blocks.count);
+  while (p.items < kMinItems && p.blocks_per_item > 1) --p.blocks_per_item, count_items(p, blocks.count);
+  for (int a : {kD, kH})
+    while (p.items < kMinItems && p.axis[a].tile > 1) {
+      p.axis[a].tile = ceil_div(p.axis[a].tile, 2);
+      count_items(p, blocks.count);
+    }
+  p.panel = p.groups * blocks.padded() * p.C * p.taps;
+  p.window = window_elements(p);
+  p.out_tile = p.blocks_per_item * blocks.width;
+  for (int a = 0; a < kAxes; ++a) {
+    p.out_tile *= p.axis[a].tile * p.axis[a].phases;
+    p.index[a] = extent(p.axis[a], p.axis[a].tile);
+  }
+  return p;
+}
+
+// Packed weights ------------------------------------------------------------------------------------
+
+// Rows of w (output channels) become vectors: F reads runs of (c, tap), G runs of taps, flipped.
+template <class S, class A>
+void pack_weights(const Plan& p, const S* w, A* panel, int threads) {
+  constexpr int L = kLanes<A>;
+  ChannelBlocks<A> blocks(p.K);
+  int64_t c_blocks = ceil_div(p.C, p.channel_block);
+  int64_t k_step = (p.transposed ? 1 : p.C) * p.taps, c_step = (p.transposed ? p.K : 1) * p.taps;
+  parallel_for(threads, p.groups * blocks.count * c_blocks, [&](int64_t item, int) {
+    int64_t cb = item % c_blocks, kb = item / c_blocks % blocks.count, group = item / c_blocks / blocks.count;
+    int64_t c0 = cb * p.channel_block, channels = min(p.channel_block, p.C - c0), width = blocks.padded_width(kb);
+    A* to = panel + (group * blocks.padded() + kb * blocks.width) * p.C * p.taps + c0 * p.taps * width;
+    const S* from = w + group * p.C * p.K * p.taps + kb * blocks.width * k_step + c0 * c_step;
+    int64_t runs = p.transposed ? channels : 1, run = p.transposed ? p.taps : channels * p.taps;
+    for (int v = 0; v < blocks.vectors(kb); ++v, from += L * k_step, to += L) {
+      int rows = v == blocks.vectors(kb) - 1 ? blocks.tail(kb) : L;
+      for (int64_t u = 0; u < runs; ++u)
+        for (int64_t j = 0; j < run; j += L) {
+          int n = int(min<int64_t>(L, run - j));
+          Vec<A> r[L];
+          if (k_step == 1) {
+            r[0] = load(from + u * c_step, rows);
+          } else {
+            for (int i = 0; i < L; ++i) r[i] = i < rows ? load(from + i * k_step + u * c_step + j, n) : Vec<A>{};
+            transpose_block<A>(r);
+          }
+          for (int i = 0; i < n; ++i) {
+            int64_t c = p.transposed ? u : (j + i) / p.taps;
+            int64_t tap = p.transposed ? p.taps - 1 - (j + i) : (j + i) % p.taps;
+            store(to + (tap * channels + c) * width, r[i]);
+          }
+        }
+    }
+  });
+}
+
+// One item ------------------------------------------------------------------------------------------
+
+template <class A>
+struct Target {  // where a tile's sums go: the output itself, or scratch that is flushed afterwards
+  A* data;
+  int64_t axis[kAxes];  // step per output position
+};
+
+template <class A>
+struct Item {
+  const Plan* p;
+  PackedAxis packed[kAxes];
+  TileAxis tile[kAxes];
+  int64_t channels;  // of this block of c
+  const A* window;
+  Target<A> target;
+};
+
+// All rows of one phase, one block of output channels, one block of input channels.
+template <class A, int V>
+void run_phase(const Item<A>& it, const Phase* f, const A* panel, const A* bias, int tail, A* out) {
+  const Plan& p = *it.p;
+  int64_t width = V * kLanes<A>, x_axis[kAxes], w_axis[kAxes], n[kAxes];
+  x_axis[kW] = it.channels;
+  x_axis[kH] = it.packed[kW].extent * x_axis[kW];
+  x_axis[kD] = it.packed[kH].extent * x_axis[kH];
+  w_axis[kW] = it.channels * width;
+  w_axis[kH] = p.axis[kW].kernel * w_axis[kW];
+  w_axis[kD] = p.axis[kH].kernel * w_axis[kH];
+  CorrelateTile<A> g;
+  const A* x = it.window;
+  int64_t y_step[kAxes];
+  for (int a = 0; a < kAxes; ++a) {
+    n[a] = positions(p.axis[a], it.tile[a], f[a]);
+    g.taps[a] = f[a].taps;
+    g.x_tap[a] = it.tile[a].tap_step * x_axis[a];
+    g.w_tap[a] = p.axis[a].w_tap * w_axis[a];
+    x += origin(p.axis[a], it.tile[a], f[a]) * x_axis[a];
+    panel += f[a].w_first * w_axis[a];
+    out += f[a].first * it.target.axis[a];
+    y_step[a] = p.axis[a].phases * it.target.axis[a];
+  }
+  g.channels = it.channels;
+  if (g.x_tap[kW] == it.channels && p.axis[kW].w_tap == 1) g.channels *= g.taps[kW], g.taps[kW] = g.taps[kW] > 0;
+  g.x_row = it.tile[kW].out_step * x_axis[kW];
+  g.y_row = y_step[kW];
+  g.bias = bias;
+  g.tail = tail;
+  int64_t parts = ceil_div(n[kW], kTileRows);
+  for (int64_t d = 0; d < n[kD]; ++d)
+    for (int64_t h = 0; h < n[kH]; ++h) {
+      const A* row = x + d * it.tile[kD].out_step * x_axis[kD] + h * it.tile[kH].out_step * x_axis[kH];
+      A* y = out + d * y_step[kD] + h * y_step[kH];
+      for (int64_t i = 0; i < parts; ++i) {
+        Range r = piece(n[kW], parts, i);
+        with_rows(r.end - r.begin,
+                  [&](auto T) { correlate_tile<A, T(), V>(g, row + r.begin * g.x_row, panel, y + r.begin * g.y_row); });
+      }
+    }
+}
+
+template <class A>
+void run_block(const Item<A>& it, const A* panel, const A* bias, int vectors, int tail, A* out) {
+  const Axis* a = it.p->axis;
+  for (int64_t d = 0; d < a[kD].phases; ++d)
+    for (int64_t h = 0; h < a[kH].phases; ++h)
+      for (int64_t w = 0; w < a[kW].phases; ++w) {
+        Phase f[kAxes] = {phase(a[kD], d), phase(a[kH], h), phase(a[kW], w)};
+        if (!bias && f[kD].taps * f[kH].taps * f[kW].taps == 0) continue;
+        with_vectors(vectors, [&](auto V) { run_phase<A, V()>(it, f, panel, bias, tail, out); });
+      }
+}
+
+// The finished tile [D, H, W, width] of compute type goes to the output's layout and storage type.
+template <class S, class A>
+void flush(const Item<A>& it, const View<S>& y, int64_t n, int64_t k, int64_t channels) {
+  int64_t begin[kAxes], size[kAxes];
+  for (int a = 0; a < kAxes; ++a) {
+    const Axis& t = it.p->axis[a];
+    begin[a] = it.tile[a].begin * t.phases;
+    size[a] = min(it.tile[a].n * t.phases, t.out - begin[a]);
+  }
+  for (int64_t d = 0; d < size[kD]; ++d)
+    for (int64_t h = 0; h < size[kH]; ++h) {
+      const A* src = it.target.data + d * it.target.axis[kD] + h * it.target.axis[kH];
+      S* dst = y.data + n * y.n + k * y.c + (begin[kD] + d) * y.axis[kD] + (begin[kH] + h) * y.axis[kH] +
+               begin[kW] * y.axis[kW];
+      if (y.c != 1) transpose(src, it.target.axis[kW], dst, y.c, size[kW], channels);
+      else
+        for (int64_t i = 0; i < size[kW]; ++i) convert(src + i * it.target.axis[kW], dst + i * y.axis[kW], channels);
+    }
+}
+
+template <class S, class A>
+void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, char* scratch, int threads) {
+  ChannelBlocks<A> blocks(p.K);
+  A* panel = take<A>(scratch, p.panel);
+  pack_weights(p, w, panel, threads);
+  constexpr bool same = std::is_same<S, A>::value;
+  bool direct = same && y.c == 1;  // sums go straight to the output
+  int64_t chunks = ceil_div(blocks.count, p.blocks_per_item), width = p.blocks_per_item * blocks.width;
+  int64_t per_thread = aligned(p.window * sizeof(A)) + aligned(p.out_tile * sizeof(A)) + aligned(width * sizeof(A));
+  for (int a = 0; a < kAxes; ++a) per_thread += aligned(p.index[a] * 8);
+  parallel_for(threads, p.items, [&](int64_t item, int thread) {
+    char* mine = scratch + thread * per_thread;
+    A* window = take<A>(mine, p.window);
+    A* out_tile = take<A>(mine, p.out_tile);
+    A* bias = take<A>(mine, width);
+    // Items next to each other share the window: blocks of k first, then W, H, D, group, image.
+    int64_t chunk = item % chunks, rest = item / chunks;
+    Item<A> it{&p, {}, {}, 0, window, {}};
+    for (int a = kW; a >= kD; --a) {
+      it.packed[a].index = take<int64_t>(mine, p.index[a]);
+      it.tile[a] = place_axis(p.axis[a], rest % p.tiles[a], it.packed[a]);
+      rest /= p.tiles[a];
+    }
+    int64_t group = rest % p.groups, n = rest / p.groups;
+    int64_t first = chunk * p.blocks_per_item, last = min(first + p.blocks_per_item, blocks.count);
+    int64_t k0 = first * blocks.width, channels = min(p.K - k0, width);
+    zero(bias, width);
+    if (b) convert(b + group * p.K + k0, bias, channels);
+    if constexpr (same) {
+      if (direct) {
+        A* data = y.data + n * y.n + (group * p.K + k0);
+        for (int a = 0; a < kAxes; ++a) {
+          it.target.axis[a] = y.axis[a];
+          data += it.tile[a].begin * p.axis[a].phases * y.axis[a];
+        }
+        it.target.data = data;
+      }
+    }
+    if (!direct) {
+      int64_t sw = p.axis[kW].tile * p.axis[kW].phases, sh = p.axis[kH].tile * p.axis[kH].phases;
+      it.target = {out_tile, {sh * sw * width, sw * width, width}};
+    }
+    for (int64_t c = 0; c < p.C; c += p.channel_block) {
+      it.channels = min(p.channel_block, p.C - c);
+      pack_window(x, n, group * p.C + c, it.packed, it.channels, window);
+      for (int64_t kb = first; kb < last; ++kb) {
+        const A* weights =
+            panel + (group * blocks.padded() + kb * blocks.width) * p.C * p.taps + c * p.taps * blocks.padded_width(kb);
+        int64_t at = (kb - first) * blocks.width;
+        run_block(it, weights, c == 0 ? bias + at : nullptr, blocks.vectors(kb), direct ? blocks.tail(kb) : kLanes<A>,
+                  it.target.data + at);
+      }
+    }
+    if (!direct) flush(it, y, n, group * p.K + k0, channels);
+  });
+}
+
+template <class A>
+int64_t scratch_bytes(const Plan& p, int threads) {
+  ChannelBlocks<A> blocks(p.K);
+  int64_t each = aligned(p.window * sizeof(A)) + aligned(p.out_tile * sizeof(A)) +
+                 aligned(p.blocks_per_item * blocks.width * sizeof(A));
+  for (int a = 0; a < kAxes; ++a) each += aligned(p.index[a] * 8);
+  return aligned(p.panel * sizeof(A)) + each * threads;
+}
+
+template <class S>
+void forward(const ConvCall& call) {
+  Plan p = make_plan<Compute<S>>(call.g, false);
+  correlate<S, Compute<S>>(p, view_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
+                           view_y<S>(call), static_cast<char*>(call.scratch), call.threads);
+}
+
+template <class S>
+void input_grad(const ConvCall& call) {
+  Plan p = make_plan<Compute<S>>(call.g, true);
+  correlate<S, Compute<S>>(p, view_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
+                           view_x<S>(call), static_cast<char*>(call.scratch), call.threads);
+}
+
+template <class S, bool transposed>
+int64_t correlate_scratch(const ConvGeometry& g, int threads) {
+  return scratch_bytes<Compute<S>>(make_plan<Compute<S>>(g, transposed), threads);
+}
+
+template <class S>
+constexpr ConvDirect entries() {
+  return {forward<S>, input_grad<S>, correlate_scratch<S, false>, correlate_scratch<S, true>};
+}
+
+}  // namespace
+
+namespace CONVOXEL_ISA {
+extern const ConvDirect conv_direct[kDTypes] = {entries<float>(), entries<bfloat16>(), entries<double>()};
+}
+
+}  // namespace convoxel

@@ -1,0 +1,118 @@
+// What the direct convolutions share: views of torch's two layouts, and the packing of a window
+// of x into a padded channels-last tile of the compute type. After it no loop knows padding,
+// layout or storage type; the copy costs 1 to 3 % of the arithmetic that follows.
+#pragma once
+#include "conv_axis.h"
+#include "transpose.h"
+
+namespace convoxel {
+namespace {
+
+constexpr int64_t kTileBytes = 512 * 1024;  // of packed x: half of a Zen 4 L2, the rest is weights
+constexpr int64_t kChannelBlock = 64;       // weights of 27 x 64 x 32 floats stay in L2
+constexpr int64_t kMinItems = 64;           // cut work at least this fine, for machines of 32 threads
+
+// Steps, in elements, of a tensor [N, C, D, H, W] in either layout.
+template <class S>
+struct View {
+  S* data;
+  int64_t n, c, axis[kAxes];
+};
+
+template <class S>
+inline View<S> view(void* data, int64_t C, int64_t D, int64_t H, int64_t W, bool last) {
+  int64_t volume = D * H * W;
+  if (last) return {static_cast<S*>(data), volume * C, 1, {H * W * C, W * C, C}};
+  return {static_cast<S*>(data), volume * C, volume, {H * W, W, 1}};
+}
+template <class S>
+inline View<S> view_x(const ConvCall& call) {
+  const ConvAxis* a = call.g.axis;
+  return view<S>(call.x, call.g.C, a[kD].in, a[kH].in, a[kW].in, call.g.x_last);
+}
+template <class S>
+inline View<S> view_y(const ConvCall& call) {
+  const ConvAxis* a = call.g.axis;
+  return view<S>(call.y, call.g.K, a[kD].out, a[kH].out, a[kW].out, call.g.y_last);
+}
+
+template <class A>
+inline void zero(A* p, int64_t n) {
+  __builtin_memset(p, 0, size_t(n) * sizeof(A));
+}
+
+template <class S, class R>
+inline void convert(const S* src, R* dst, int64_t n) {
+  constexpr int L = kLanes<Compute<S>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(dst + i, load(src + i));
+  if (i < n) store(dst + i, load(src + i, int(n - i)), int(n - i));
+}
+
+// One row along W: tile [extent, channels] from x at `row`.
+template <class S, class A>
+inline void pack_row(const S* row, const View<S>& x, const PackedAxis& w, int64_t channels, A* tile) {
+  if (!w.dense) {
+    for (int64_t i = 0; i < w.extent; ++i, tile += channels) {
+      if (w.index[i] < 0) zero(tile, channels);
+      else if (x.c == 1) convert(row + w.index[i] * x.axis[kW], tile, channels);
+      else
+        for (int64_t c = 0; c < channels; ++c) tile[c] = to_compute(row[w.index[i] * x.axis[kW] + c * x.c]);
+    }
+    return;
+  }
+  int64_t left = min(w.extent, max<int64_t>(0, -w.first));
+  int64_t run = max<int64_t>(0, min(w.extent, w.size - w.first) - left);
+  zero(tile, left * channels);
+  const S* src = row + (w.first + left) * x.axis[kW];
+  A* dst = tile + left * channels;
+  if (x.c != 1) transpose(src, x.c, dst, channels, channels, run);
+  else if (x.axis[kW] == channels) convert(src, dst, run * channels);
+  else
+    for (int64_t i = 0; i < run; ++i) convert(src + i * x.axis[kW], dst + i * channels, channels);
+  zero(dst + run * channels, (w.extent - left - run) * channels);
+}
+
+// tile [D, H, W, channels] of the packed extents, from x at image n and its first channel c.
+template <class S, class A>
+inline void pack_window(const View<S>& x, int64_t n, int64_t c, const PackedAxis* p, int64_t channels, A* tile) {
+  int64_t row = p[kW].extent * channels;
+  for (int64_t d = 0; d < p[kD].extent; ++d)
+    for (int64_t h = 0; h < p[kH].extent; ++h, tile += row) {
+      int64_t id = p[kD].index[d], ih = p[kH].index[h];
+      if (id < 0 || ih < 0) zero(tile, row);
+      else pack_row(x.data + n * x.n + c * x.c + id * x.axis[kD] + ih * x.axis[kH], x, p[kW], channels, tile);
+    }
+}
+
+// Scratch is handed out in cache lines.
+inline int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
+
+template <class T>
+inline T* take(char*& scratch, int64_t count) {
+  T* p = reinterpret_cast<T*>(scratch);
+  scratch += aligned(count * int64_t(sizeof(T)));
+  return p;
+}
+
+// Output channels go in blocks of two vectors; a last block of at most one vector is narrower.
+template <class A>
+struct ChannelBlocks {
+  static constexpr int64_t width = kTileVectors * kLanes<A>;
+  int64_t channels, count;
+  explicit ChannelBlocks(int64_t channels) : channels(channels), count(ceil_div(channels, width)) {}
+  int64_t used(int64_t i) const { return min(width, channels - i * width); }
+  int vectors(int64_t i) const { return used(i) > kLanes<A> ? 2 : 1; }
+  int tail(int64_t i) const { return int(used(i) - (vectors(i) - 1) * kLanes<A>); }
+  int64_t padded_width(int64_t i) const { return vectors(i) * kLanes<A>; }
+  int64_t padded() const { return (count - 1) * width + padded_width(count - 1); }
+};
+
+template <class F>
+inline void with_vectors(int vectors, const F& f) {
+  if (vectors == 1) f(std::integral_constant<int, 1>{});
+  else f(std::integral_constant<int, 2>{});
+}
+
+}  // namespace
+}  // namespace convoxel

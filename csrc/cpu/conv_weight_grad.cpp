@@ -1,0 +1,284 @@
+// Weight gradient H(x, dy):  dw[k, c, t] = sum over images n and outputs o of
+// dy[n, k, o] * x[n, c, o * stride + t * dilation - padding].
+//
+// Rows of the register tile are input channels (with the taps along W where they are adjacent), lanes
+// are output channels, and the sum runs over pixels. An item is (piece of the outputs, group, block of
+// 32 output channels, block of 64 input channels); each piece sums into a panel of its own, and the
+// panels are added in order: no atomics, and the same bits for every number of threads.
+#include <type_traits>
+
+#include "conv_tile.h"
+#include "gemm.h"
+#include "tables.h"
+
+namespace convoxel {
+namespace {
+
+constexpr int64_t kPanelBytes = 64 * 1024 * 1024;  // all pieces' panels together
+
+struct Plan {
+  int64_t N, groups, C, K, channel_block, c_blocks, taps;
+  Axis axis[kAxes];
+  int64_t tiles[kAxes], all_tiles, pieces, items;
+  int64_t panel, window, dy_tile, index[kAxes];  // elements of scratch; panel: of one piece
+};
+
+inline int64_t window_elements(const Plan& p) {
+  int64_t e = p.channel_block;
+  for (const Axis& a : p.axis) e *= extent(a, a.tile);
+  return e;
+}
+
+// W whole where it fits, then H, then D: long sums in registers, small halo.
+template <class A>
+inline void choose_tiles(Plan& p) {
+  const int64_t limit[kAxes] = {p.axis[kD].out, min<int64_t>(16, p.axis[kH].out), min<int64_t>(128, p.axis[kW].out)};
+  for (Axis& a : p.axis) a.tile = 1;
+  for (int i = kW; i >= kD; --i) {
+    Axis& a = p.axis[i];
+    while (a.tile < limit[i]) {
+      ++a.tile;
+      if (window_elements(p) * int64_t(sizeof(A)) <= kTileBytes) continue;
+      --a.tile;
+      break;
+    }
+    a.tile = ceil_div(a.out, ceil_div(a.out, a.tile));
+  }
+}
+
+template <class A>
+Plan make_plan(const ConvGeometry& g) {
+  Plan p{};
+  p.N = g.N, p.groups = g.groups, p.C = g.C / g.groups, p.K = g.K / g.groups;
+  p.channel_block = ceil_div(p.C, ceil_div(p.C, kChannelBlock));
+  p.c_blocks = ceil_div(p.C, p.channel_block);
+  p.taps = 1;
+  for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], false), p.taps *= g.axis[a].kernel;
+  choose_tiles<A>(p);
+  ChannelBlocks<A> blocks(p.K);
+  p.panel = p.groups * blocks.padded() * p.C * p.taps;
+  int64_t others = p.groups * blocks.count * p.c_blocks;
+  for (;;) {
+    p.all_tiles = p.N;
+    for (int a = 0; a < kAxes; ++a) p.all_tiles *= p.tiles[a] = ceil_div(p.axis[a].out, p.axis[a].tile);
+    if (p.all_tiles * others >= kMinItems || p.axis[kD].tile == 1) break;
+    p.axis[kD].tile = ceil_div(p.axis[kD].tile, 2);
+  }
+  int64_t room = max<int64_t>(1, kPanelBytes / (p.panel * int64_t(sizeof(A))));
+  p.pieces = min(p.all_tiles, min(room, ceil_div(2 * kMinItems, others)));
+  p.items = p.pieces * others;
+  p.window = window_elements(p);
+  p.dy_tile = p.axis[kD].tile * p.axis[kH].tile * p.axis[kW].tile * blocks.width;
+  for (int a = 0; a < kAxes; ++a) p.index[a] = extent(p.axis[a], p.axis[a].tile);
+  return p;
+}
+
+template <class A>
+struct Rows {  // dy of a tile: the tensor itself, or a packed copy [D, H, W, width]
+  const A* data;
+  int64_t axis[kAxes];
+};
+
+template <class S, class A>
+Rows<A> pack_dy(const View<S>& y, int64_t n, int64_t k, int64_t channels, int64_t width, const TileAxis* t, A* tile) {
+  const S* from = y.data + n * y.n + k * y.c;
+  for (int a = 0; a < kAxes; ++a) from += t[a].begin * y.axis[a];
+  if constexpr (std::is_same<S, A>::value) {
+    if (y.c == 1 && channels == width) return {from, {y.axis[kD], y.axis[kH], y.axis[kW]}};
+  }
+  Rows<A> rows{tile, {t[kH].n * t[kW].n * width, t[kW].n * width, width}};
+  if (channels < width) zero(tile, t[kD].n * rows.axis[kD]);
+  for (int64_t d = 0; d < t[kD].n; ++d)
+    for (int64_t h = 0; h < t[kH].n; ++h) {
+      const S* src = from + d * y.axis[kD] + h * y.axis[kH];
+      A* dst = tile + d * rows.axis[kD] + h * rows.axis[kH];
+      if (y.c != 1) transpose(src, y.c, dst, width, channels, t[kW].n);
+      else
+        for (int64_t i = 0; i < t[kW].n; ++i) convert(src + i * y.axis[kW], dst + i * width, channels);
+    }
+  return rows;
+}
+
+// Adds one tile to the panel [tap, c, width] of its block.
+template <class A, int V>
+void add_tile(const Plan& p, const TileAxis* t, const PackedAxis* packed, const A* window, int64_t channels,
+              const Rows<A>& dy, A* panel) {
+  int64_t x_axis[kAxes], width = V * kLanes<A>;
+  x_axis[kW] = channels;
+  x_axis[kH] = packed[kW].extent * x_axis[kW];
+  x_axis[kD] = packed[kH].extent * x_axis[kH];
+  int64_t taps_w = p.axis[kW].kernel, rows = channels;
+  if (t[kW].tap_step == 1) rows *= taps_w, taps_w = 1;  // (tap, c) is contiguous: one run of rows
+  OuterTile<A> o{
+      {t[kH].n, t[kW].n}, {t[kH].out_step * x_axis[kH], t[kW].out_step * x_axis[kW]}, {dy.axis[kH], dy.axis[kW]}};
+  int64_t parts = ceil_div(rows, kTileRows);
+  for (int64_t d = 0; d < t[kD].n; ++d)
+    for (int64_t kd = 0; kd < p.axis[kD].kernel; ++kd)
+      for (int64_t kh = 0; kh < p.axis[kH].kernel; ++kh)
+        for (int64_t kw = 0; kw < taps_w; ++kw) {
+          const A* x = window + (d * t[kD].out_step + kd * t[kD].tap_step) * x_axis[kD] +
+                       kh * t[kH].tap_step * x_axis[kH] + kw * t[kW].tap_step * x_axis[kW];
+          A* dw = panel + ((kd * p.axis[kH].kernel + kh) * taps_w + kw) * rows * width;
+          for (int64_t i = 0; i < parts; ++i) {
+            Range r = piece(rows, parts, i);
+            with_rows(r.end - r.begin, [&](auto T) {
+              outer_tile<A, T(), V>(o, x + r.begin, dy.data + d * dy.axis[kD], dw + r.begin * width);
+            });
+          }
+        }
+}
+
+// dw from the pieces' panels, added in order, back to torch's layout: vectors of k become rows, and
+// (c, tap) is contiguous. An item is 64 columns of one block.
+template <class S, class A>
+void reduce_panels(const Plan& p, const A* panels, S* w, int threads) {
+  constexpr int L = kLanes<A>;
+  constexpr int64_t slice = 64;
+  ChannelBlocks<A> blocks(p.K);
+  int64_t slices = ceil_div(p.channel_block * p.taps, slice);
+  parallel_for(threads, p.groups * blocks.count * p.c_blocks * slices, [&](int64_t item, int) {
+    int64_t begin = item % slices * slice, rest = item / slices, c0 = rest % p.c_blocks * p.channel_block;
+    int64_t kb = rest / p.c_blocks % blocks.count, group = rest / p.c_blocks / blocks.count;
+    int64_t channels = min(p.channel_block, p.C - c0), end = min(begin + slice, channels * p.taps);
+    int64_t width = blocks.padded_width(kb), w_row = p.C * p.taps;
+    const A* from = panels + (group * blocks.padded() + kb * blocks.width) * w_row + c0 * p.taps * width;
+    S* to = w + (group * p.K + kb * blocks.width) * w_row + c0 * p.taps;
+    for (int v = 0; v < blocks.vectors(kb); ++v) {
+      int used = v == blocks.vectors(kb) - 1 ? blocks.tail(kb) : L;
+      for (int64_t j = begin; j < end; j += L) {
+        int n = int(min<int64_t>(L, end - j));
+        Vec<A> r[L];
+        for (int i = 0; i < L; ++i) {
+          r[i] = Vec<A>{};
+          const A* at = from + ((j + i) % p.taps * channels + (j + i) / p.taps) * width + v * L;
+          for (int64_t piece = 0; i < n && piece < p.pieces; ++piece) r[i] += load(at + piece * p.panel);
+        }
+        transpose_block<A>(r);
+        for (int i = 0; i < used; ++i) store(to + (v * L + i) * w_row + j, r[i], n);
+      }
+    }
+  });
+}
+
+template <class A>
+int64_t thread_bytes(const Plan& p) {
+  int64_t each = aligned(p.window * sizeof(A)) + aligned(p.dy_tile * sizeof(A));
+  for (int a = 0; a < kAxes; ++a) each += aligned(p.index[a] * 8);
+  return each;
+}
+
+template <class S>
+void weight_grad(const ConvCall& call) {
+  typedef Compute<S> A;
+  Plan p = make_plan<A>(call.g);
+  ChannelBlocks<A> blocks(p.K);
+  View<S> x = view_x<S>(call), y = view_y<S>(call);
+  char* scratch = static_cast<char*>(call.scratch);
+  A* panels = take<A>(scratch, p.pieces * p.panel);
+  int64_t per_thread = thread_bytes<A>(p);
+  parallel_for(call.threads, p.items, [&](int64_t item, int thread) {
+    char* mine = scratch + thread * per_thread;
+    A* window = take<A>(mine, p.window);
+    A* dy_tile = take<A>(mine, p.dy_tile);
+    PackedAxis packed[kAxes];
+    for (int a = 0; a < kAxes; ++a) packed[a].index = take<int64_t>(mine, p.index[a]);
+    int64_t cb = item % p.c_blocks, rest = item / p.c_blocks, kb = rest % blocks.count;
+    rest /= blocks.count;
+    int64_t group = rest % p.groups, part = rest / p.groups;
+    int64_t c0 = cb * p.channel_block, channels = min(p.channel_block, p.C - c0), width = blocks.padded_width(kb);
+    A* panel =
+        panels + part * p.panel + (group * blocks.padded() + kb * blocks.width) * p.C * p.taps + c0 * p.taps * width;
+    zero(panel, p.taps * channels * width);
+    Range tiles = piece(p.all_tiles, p.pieces, part);
+    for (int64_t i = tiles.begin; i < tiles.end; ++i) {
+      TileAxis t[kAxes];
+      int64_t at = i;
+      for (int a = kW; a >= kD; --a) {
+        t[a] = place_axis(p.axis[a], at % p.tiles[a], packed[a]);
+        at /= p.tiles[a];
+      }
+      pack_window(x, at, group * p.C + c0, packed, channels, window);
+      Rows<A> dy = pack_dy(y, at, group * p.K + kb * blocks.width, blocks.used(kb), width, t, dy_tile);
+      with_vectors(blocks.vectors(kb), [&](auto V) { add_tile<A, V()>(p, t, packed, window, channels, dy, panel); });
+    }
+  });
+  reduce_panels(p, panels, static_cast<S*>(call.w), call.threads);
+}
+
+template <class S>
+int64_t weight_grad_scratch(const ConvGeometry& g, int threads) {
+  typedef Compute<S> A;
+  Plan p = make_plan<A>(g);
+  return aligned(p.pieces * p.panel * sizeof(A)) + thread_bytes<A>(p) * threads;
+}
+
+// Bias gradient: y [N, K, D, H, W] summed over all but K. An item is (image, channel) of a contiguous
+// tensor, or 4,096 pixels of a channels-last one; the partial sums are added in double, in order.
+constexpr int64_t kSumPixels = 4096;
+
+template <class S>
+void sum_plane(const S* y, int64_t n, Compute<S>* sum) {
+  typedef Compute<S> A;
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[4] = {};
+  double total = 0;
+  for (int64_t i = 0; i < n;) {
+    for (int64_t end = min(n, i + kSumPixels); i < end; i += L)
+      acc[i / L % 4] += i + L <= n ? load(y + i) : load(y + i, int(n - i));
+    Vec<A> v = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    for (int l = 0; l < L; ++l) total += v[l];
+    for (Vec<A>& a : acc) a = Vec<A>{};
+  }
+  *sum = A(total);
+}
+
+template <class S>
+void sum_pixels(const S* y, int64_t pixels, int64_t K, Compute<S>* sum) {
+  typedef Compute<S> A;
+  constexpr int L = kLanes<A>;
+  for (int64_t k = 0; k < K; k += L) {
+    int n = int(min<int64_t>(L, K - k));
+    Vec<A> acc[2] = {};
+    for (int64_t i = 0; i < pixels; ++i) acc[i & 1] += n == L ? load(y + i * K + k) : load(y + i * K + k, n);
+    store(sum + k, acc[0] + acc[1], n);
+  }
+}
+
+inline int64_t volume(const ConvGeometry& g) { return g.axis[kD].out * g.axis[kH].out * g.axis[kW].out; }
+inline int64_t partial_sums(const ConvGeometry& g) { return g.y_last ? ceil_div(g.N * volume(g), kSumPixels) : g.N; }
+
+template <class S>
+void bias_grad(const ConvCall& call) {
+  typedef Compute<S> A;
+  const ConvGeometry& g = call.g;
+  const S* y = static_cast<const S*>(call.y);
+  A* sums = static_cast<A*>(call.scratch);  // [partial sums, K]
+  int64_t parts = partial_sums(g), pixels = g.y_last ? g.N * volume(g) : volume(g);
+  parallel_for(call.threads, g.y_last ? parts : g.N * g.K, [&](int64_t i, int) {
+    if (g.y_last) sum_pixels(y + i * kSumPixels * g.K, min(kSumPixels, pixels - i * kSumPixels), g.K, sums + i * g.K);
+    else sum_plane(y + i * pixels, pixels, sums + i);
+  });
+  for (int64_t k = 0; k < g.K; ++k) {
+    double total = 0;
+    for (int64_t i = 0; i < parts; ++i) total += sums[i * g.K + k];
+    from_compute(A(total), static_cast<S*>(call.b)[k]);
+  }
+}
+
+template <class S>
+int64_t bias_grad_scratch(const ConvGeometry& g, int) {
+  return aligned(partial_sums(g) * g.K * sizeof(Compute<S>));
+}
+
+template <class S>
+constexpr ConvWeightGrad entries() {
+  return {weight_grad<S>, bias_grad<S>, weight_grad_scratch<S>, bias_grad_scratch<S>};
+}
+
+}  // namespace
+
+namespace CONVOXEL_ISA {
+extern const ConvWeightGrad conv_weight_grad[kDTypes] = {entries<float>(), entries<bfloat16>(), entries<double>()};
+}
+
+}  // namespace convoxel

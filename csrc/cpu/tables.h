@@ -1,0 +1,10 @@
+// What each file of this folder hands to table.cpp, in the namespace of the ISA it was compiled for.
+#pragma once
+#include "../kernels.h"
+
+namespace convoxel {
+namespace CONVOXEL_ISA {
+extern const ConvDirect conv_direct[kDTypes];
+extern const ConvWeightGrad conv_weight_grad[kDTypes];
+}  // namespace CONVOXEL_ISA
+}  // namespace convoxel

@@ -1,0 +1,22 @@
+// One geometry for every rank: 1-D and 2-D problems have unit extents in front (D, then H).
+// Plain data without functions, so that every ISA's objects may share it.
+#pragma once
+#include <cstdint>
+
+namespace convoxel {
+
+enum { kD = 0, kH = 1, kW = 2, kAxes = 3 };
+
+// One spatial axis of a convolution: y[o] = sum_t w[t] x[o * stride + t * dilation - padding].
+struct ConvAxis {
+  int64_t in, out, kernel, stride, padding, dilation;
+};
+
+// x [N, C, D, H, W], w [K, C / groups, KD, KH, KW], y [N, K, OD, OH, OW].
+struct ConvGeometry {
+  int64_t N, C, K, groups;
+  ConvAxis axis[kAxes];
+  bool x_last, y_last;  // channels-last storage of x (and dx), of y (and dy)
+};
+
+}  // namespace convoxel

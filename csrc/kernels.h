@@ -1,0 +1,43 @@
+// The table of function pointers that every ISA fills in, and the plain structs that calls pass.
+// Kernels allocate nothing: outputs and scratch come from the caller, who asks for the size first.
+#pragma once
+#include "dtype.h"
+#include "geometry.h"
+
+namespace convoxel {
+
+// One convolution; which of the tensors is written depends on the function.
+struct ConvCall {
+  ConvGeometry g;
+  void* x;  // [N, C, D, H, W]
+  void* w;  // [K, C / groups, KD, KH, KW], contiguous
+  void* b;  // [K] (forward, bias_grad), [C] (input_grad); nullptr: none
+  void* y;  // [N, K, OD, OH, OW]
+  void* scratch;
+  int threads;
+};
+
+typedef void (*ConvFunction)(const ConvCall&);
+typedef int64_t (*ConvScratch)(const ConvGeometry&, int threads);  // bytes
+
+struct ConvDirect {
+  ConvFunction forward;     // y = F(x, w) + b
+  ConvFunction input_grad;  // x = G(y, w) + b: also the transposed convolution
+  ConvScratch forward_scratch, input_grad_scratch;
+};
+
+struct ConvWeightGrad {
+  ConvFunction weight_grad;  // w = H(x, y)
+  ConvFunction bias_grad;    // b = y summed over all but K
+  ConvScratch weight_grad_scratch, bias_grad_scratch;
+};
+
+struct Kernels {
+  const char* isa;
+  const ConvDirect* conv_direct;  // [kDTypes], as all that follow
+  const ConvWeightGrad* conv_weight_grad;
+  // Does `rounds` rounds of independent fused multiply-adds on each thread; returns the flops done.
+  double (*fma_peak)(int64_t rounds, int threads);
+};
+
+}  // namespace convoxel
