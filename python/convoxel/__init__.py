@@ -5,13 +5,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from . import functional, losses, metrics, models, nn
+from .model import Model, Sequential
 
 try:
     __version__ = version("convoxel")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["functional", "losses", "metrics", "models", "nn", "volume"]
+__all__ = ["Model", "Sequential", "functional", "losses", "metrics", "models", "nn", "volume"]
 
 if TYPE_CHECKING:
     from . import volume

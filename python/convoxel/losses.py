@@ -110,7 +110,7 @@ class DeepSupervision(Loss):
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
         self.loss = loss
-        self.from_logits = getattr(loss, "from_logits", True)
+        self.from_logits = takes_logits(loss) is not False
 
     def compute(self, output: Tensor, target: Tensor) -> Tensor:
         return self.loss(output, target)
@@ -310,6 +310,19 @@ NAMES: dict[str, Callable[[], Loss]] = {
     "dice": Dice,
     "dice_ce": DiceCE,
 }
+
+
+def takes_logits(loss: Callable[..., Tensor]) -> bool | None:
+    """Whether a loss wants logits (True) or probabilities (False); None: unknown.
+
+    >>> takes_logits(Dice()), takes_logits(nn.BCELoss()), takes_logits(F.l1_loss)
+    (True, False, None)
+    """
+    if isinstance(loss, Loss):
+        return loss.from_logits
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+        return True
+    return False if isinstance(loss, nn.BCELoss) else None
 
 
 def get(loss: str | Callable[..., Tensor]) -> Callable[..., Tensor]:

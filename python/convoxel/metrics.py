@@ -113,9 +113,7 @@ class _Overlap(Metric):
         if not len(self.hit):
             self.hit = self.predicted = self.true = torch.zeros(classes, dtype=torch.long)
         if len(self.hit) != classes:
-            raise ValueError(
-                f"{self.name}: {classes} classes after batches of {len(self.hit)}; reset() first"
-            )
+            raise ValueError(f"{self.name}: {classes} classes after {len(self.hit)}; call reset() first")
         self.hit = self.hit + _count(true[predicted == true], classes)
         self.predicted = self.predicted + _count(predicted, classes)
         self.true = self.true + _count(true, classes)

@@ -1,0 +1,126 @@
+"""Checkpoints: one safetensors file with the weights, and in its header the architecture as JSON.
+
+One file, so that weights and architecture cannot part; nothing in it is ever executed. It is written aside,
+flushed to the disk and renamed: a run killed at any instant leaves the old file or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "convoxel-1"
+
+
+def replace_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
+    """Call write(temporary path), bring that file to the disk, rename it to `path`.
+
+    An exception on the way leaves the old file as it was and no other behind.
+
+    >>> replace_atomically("/tmp/convoxel-example.txt", lambda p: p.write_text("whole"))
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        _sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is on the disk once its folder is
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: str | os.PathLike, state: Mapping[str, Any], architecture: dict[str, Any] | None) -> None:
+    """Write a state_dict, and {"name", "config"} of the network or None, as one safetensors file.
+
+    Raises ValueError for what safetensors cannot hold (entries that are not tensors, lazy parameters).
+    """
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}: a checkpoint holds tensors only")
+        if torch.nn.parameter.is_lazy(value):
+            raise ValueError(f"{key} has no shape yet; run the network on one batch before saving it")
+    # Copies, because safetensors takes neither shared memory nor channels-last strides.
+    tensors = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()
+    }
+    metadata = {"format": FORMAT, "architecture": json.dumps(architecture)}
+    save_file = _safetensors().torch.save_file
+    replace_atomically(path, lambda aside: save_file(tensors, str(aside), metadata=metadata))
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The weights (on the CPU) and the architecture, or None if the network was not a registered one.
+
+    A safetensors file of another program has weights only. Raises FileNotFoundError, and ValueError for a
+    file that is damaged or of another kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; check the path")
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: the file may be replaced while its weights are in use.
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}
+        architecture = json.loads(metadata.get("architecture", "null"))
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no whole safetensors checkpoint ({error}); was it cut short, or saved by torch.save?"
+        ) from error
+    if metadata.get("format", FORMAT) != FORMAT and "architecture" in metadata:
+        raise ValueError(
+            f"{path} has the format {metadata['format']}, this convoxel reads {FORMAT}; update it"
+        )
+    if architecture is not None and not (
+        isinstance(architecture, dict)
+        and isinstance(architecture.get("name"), str)
+        and isinstance(architecture.get("config"), dict)
+    ):
+        raise ValueError(
+            f"{path}: the architecture must be a name and a config, received {architecture!r:.200}"
+        )
+    return state, architecture
+
+
+def check_fits(path: str | os.PathLike, state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
+    """ValueError unless `state` has the names and shapes of `expected`, so that nothing is loaded by half."""
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = {
+        key: f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected
+        and not torch.nn.parameter.is_lazy(expected[key])
+        and value.shape != expected[key].shape
+    }
+    problems = {"missing": missing, "not expected": extra, "of another shape": sorted(shapes.values())}
+    if found := [f"{what}: {_first(names)}" for what, names in problems.items() if names]:
+        raise ValueError(f"{path} does not fit this network; {'; '.join(found)}")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('checkpoints need safetensors: pip install "convoxel[train]"') from error
+    return safetensors
