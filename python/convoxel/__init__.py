@@ -4,15 +4,55 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from . import functional, losses, metrics, models, nn
+import torch  # noqa: F401  (first: the kernels then share torch's OpenMP threads)
+
+from . import functional, losses, metrics, models, nn, ops
 from .model import Model, Sequential
+from .runtime import (
+    HandedToTorch,
+    get_conv_algorithm,
+    get_float32_conv_precision,
+    info,
+    is_strict,
+    isa,
+    isas,
+    reset_stats,
+    set_conv_algorithm,
+    set_float32_conv_precision,
+    set_isa,
+    set_strict,
+    stats,
+)
 
 try:
     __version__ = version("convoxel")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["Model", "Sequential", "functional", "losses", "metrics", "models", "nn", "volume"]
+__all__ = [
+    "HandedToTorch",
+    "Model",
+    "Sequential",
+    "functional",
+    "get_conv_algorithm",
+    "get_float32_conv_precision",
+    "info",
+    "is_strict",
+    "isa",
+    "isas",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "reset_stats",
+    "set_conv_algorithm",
+    "set_float32_conv_precision",
+    "set_isa",
+    "set_strict",
+    "stats",
+    "volume",
+]
 
 if TYPE_CHECKING:
     from . import volume

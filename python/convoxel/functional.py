@@ -1,3 +1,90 @@
-"""The names of torch.nn.functional."""
+"""The names of torch.nn.functional: same arguments, defaults and results, on convoxel's kernels.
 
+Names that are not overridden here are torch's own. Calls that the kernels do not serve (integer and complex
+tensors, float16 on the CPU, forward-mode differentiation, GPUs) go to torch, are counted in
+`convoxel.stats()`, and raise in strict mode.
+
+>>> y = convoxel.functional.conv3d(torch.randn(1, 4, 16, 16, 16), torch.randn(8, 4, 3, 3, 3), padding=1)
+>>> y.shape
+torch.Size([1, 8, 16, 16, 16])
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as _torch
+from torch import Tensor
 from torch.nn.functional import *  # noqa: F403
+
+from . import runtime
+from .ops import conv as _conv
+from .ops.library import autocast, why_not
+
+
+def _served(
+    count: int, lower_precision: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Serves a function of the same name in torch.nn.functional, its first `count` arguments being tensors or
+    None. What the kernels do not take goes to torch, counted; `lower_precision` marks autocast's list."""
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = function.__name__
+        fallback = getattr(_torch, name)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            tensors = [a for a in (*args[:count], *kwargs.values()) if isinstance(a, Tensor)]
+            if tensors and (reason := why_not(*tensors)):
+                runtime.handed(name, reason)
+                return fallback(*args, **kwargs)
+            if lower_precision and tensors and torch.is_autocast_enabled(tensors[0].device.type):
+                args = (*autocast(*args[:count]), *args[count:])
+                kwargs = {k: autocast(v)[0] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            return function(*args, **kwargs)
+
+        wrapper.__doc__ = f"torch.nn.functional.{name}, on convoxel's kernels."
+        return wrapper
+
+    return decorate
+
+
+# Convolution and linear ---------------------------------------------------------------------------
+
+
+@_served(3, lower_precision=True)
+def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _conv.convolution(1, input, weight, bias, stride, padding, dilation, groups)
+
+
+@_served(3, lower_precision=True)
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _conv.convolution(2, input, weight, bias, stride, padding, dilation, groups)
+
+
+@_served(3, lower_precision=True)
+def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _conv.convolution(3, input, weight, bias, stride, padding, dilation, groups)
+
+
+@_served(3, lower_precision=True)
+def conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    return _conv.conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+@_served(3, lower_precision=True)
+def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    return _conv.conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+@_served(3, lower_precision=True)
+def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    return _conv.conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+@_served(3, lower_precision=True)
+def linear(input, weight, bias=None):
+    return _conv.linear(input, weight, bias)

@@ -1,0 +1,203 @@
+"""The shape rules, written once, and the `Problem` string that names one call.
+
+Everything here is integer arithmetic on sizes (symbolic sizes included): the public functions use it for
+their errors, the fake kernels for their shapes, the benchmark for its FLOPs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+Ints = Sequence[int]
+
+SPATIAL_NAMES = {1: "W", 2: "H, W", 3: "D, H, W"}
+
+
+def as_tuple(value: Any, rank: int, what: str, name: str) -> tuple[int, ...]:
+    """`value` once for each of `rank` axes: 3 -> (3, 3, 3); (1, 2, 2) stays.
+
+    Raises TypeError for anything but integers, RuntimeError (as torch does) for a wrong count.
+    """
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return (value,) * rank  # type: ignore[return-value]
+    if not isinstance(value, (tuple, list, torch.Size)) or not all(
+        isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value
+    ):
+        raise TypeError(f"{what}: {name} must be an int or a tuple of {rank} ints, got {value!r}")
+    if len(value) == 1:
+        return tuple(value) * rank
+    if len(value) != rank:
+        raise RuntimeError(
+            f"{what}: {name} must have 1 or {rank} entries, one for each of {SPATIAL_NAMES[rank]}, "
+            f"got {len(value)}: {tuple(value)}"
+        )
+    return tuple(value)
+
+
+def lift(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """A 1-D or 2-D tuple as (D, H, W): (3, 5), 1 -> (1, 3, 5)."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def conv_out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Output extent of one axis, in voxels: 5, kernel 3, stride 2, padding 1, dilation 1 -> 3."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv_transpose_out_size(
+    size: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int
+) -> int:
+    """Output extent of one axis of a transposed convolution: 3, kernel 2, stride 2 -> 6."""
+    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
+
+
+def pool_out_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int = 1, ceil_mode: bool = False
+) -> int:
+    """Output extent of one axis of a pooling, by torch's rule: with `ceil_mode` a last window may start
+    inside the input or its left padding, never in the right padding. 5, kernel 2, stride 2 -> 2 (3)."""
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + padding:
+        out -= 1
+    return out
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether torch takes x (4-D or 5-D) for channels-last: its strides rise in the order C, W, H, D, N.
+
+    Where both layouts fit (one channel, one pixel) the strides decide, as in torch's
+    `suggest_memory_format`; outputs follow this rule, in the fake and in the real kernels.
+    """
+    if x.dim() not in (4, 5) or x.stride(1) == 0:
+        return False
+    least = 0
+    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
+        size, stride = x.shape[axis], x.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == x.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def memory_format(last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if last else torch.contiguous_format
+
+
+OPS = ("conv", "conv_transpose")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call as one string that can be pasted: into a test, a benchmark, a bug report.
+
+    >>> p = Problem.parse("conv n1 c32 k64 i128x128x128 f3x3x3 s2x2x2 p1x1x1 bf16")
+    >>> p.y_shape
+    (1, 64, 64, 64, 64)
+    >>> str(p)
+    'conv n1 c32 k64 i128x128x128 f3x3x3 s2x2x2 p1x1x1 bf16'
+
+    n: images, c: input channels, k: output channels, i: input extents in voxels, f: kernel, s: stride,
+    p: padding, d: dilation, o: output padding (transposed only), g: groups, `nobias`, `last` (channels-last),
+    and f32 (default), bf16 or f64. Extents have one, two or three axes, in the order D, H, W.
+    """
+
+    op: str = "conv"
+    n: int = 1
+    c: int = 1
+    k: int = 1
+    i: tuple[int, ...] = (1, 1, 1)
+    f: tuple[int, ...] = (1, 1, 1)
+    s: tuple[int, ...] = (1, 1, 1)
+    p: tuple[int, ...] = (0, 0, 0)
+    d: tuple[int, ...] = (1, 1, 1)
+    o: tuple[int, ...] = (0, 0, 0)
+    g: int = 1
+    bias: bool = True
+    last: bool = False
+    dtype: str = "f32"
+
+    DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
+
+    @property
+    def rank(self) -> int:
+        return len(self.i)
+
+    @property
+    def transposed(self) -> bool:
+        return self.op == "conv_transpose"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return self.DTYPES[self.dtype]
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        return (self.n, self.c, *self.i)
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        pair = (self.c, self.k // self.g) if self.transposed else (self.k, self.c // self.g)
+        return (*pair, *self.f)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        if self.transposed:
+            axes = zip(self.i, self.f, self.s, self.p, self.o, self.d, strict=True)
+            return (self.n, self.k, *(conv_transpose_out_size(*a) for a in axes))
+        axes4 = zip(self.i, self.f, self.s, self.p, self.d, strict=True)
+        return (self.n, self.k, *(conv_out_size(*a) for a in axes4))
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the definition, padding counted as torch counts it."""
+        taps = 1
+        for size in self.f:
+            taps *= size
+        pixels = 1
+        for size in self.i if self.transposed else self.y_shape[2:]:
+            pixels *= size
+        return 2 * self.n * pixels * taps * self.c * self.k // self.g
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """The Problem of a string; ValueError names the word that is not understood."""
+        op, *words = text.split() or [""]
+        if op not in OPS:
+            raise ValueError(f"problem '{text}': starts with '{op}', expected one of {', '.join(OPS)}")
+        fields: dict[str, Any] = {}
+        for word in words:
+            match = re.fullmatch(r"([ncgkifspdo])(\d+(?:x\d+)*)", word)
+            if word in cls.DTYPES:
+                fields["dtype"] = word
+            elif word in ("last", "nobias"):
+                fields.update({"last": True} if word == "last" else {"bias": False})
+            elif match:
+                numbers = tuple(int(v) for v in match[2].split("x"))
+                fields[match[1]] = numbers[0] if match[1] in "ncgk" else numbers
+            else:
+                raise ValueError(
+                    f"problem '{text}': '{word}' is not understood; see convoxel.geometry.Problem"
+                )
+        problem = replace(cls(op=op), **fields)
+        rank = problem.rank
+        axes = {a: fields.get(a, ((0,) if a in "po" else (1,)) * rank) for a in "fspdo"}
+        if wrong := [a for a, v in axes.items() if len(v) != rank]:
+            raise ValueError(
+                f"problem '{text}': i has {rank} axes, but {', '.join(wrong)} has another number"
+            )
+        return replace(problem, **axes)
+
+    def __str__(self) -> str:
+        words = [self.op, f"n{self.n}", f"c{self.c}", f"k{self.k}"]
+        for name, default in (("i", None), ("f", None), ("s", 1), ("p", 0), ("d", 1), ("o", 0)):
+            values = getattr(self, name)
+            if any(v != default for v in values):
+                words.append(name + "x".join(str(v) for v in values))
+        words += [f"g{self.g}"] * (self.g != 1) + ["nobias"] * (not self.bias) + ["last"] * self.last
+        return " ".join(words + [self.dtype] * (self.dtype != "f32"))

@@ -1,0 +1,82 @@
+"""How an operator gets into torch: one Library, one `register` for schema, kernel, fake, gradient, vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import runtime
+
+_library = torch.library.Library("convoxel", "FRAGMENT")
+_names: list[str] = []
+
+NONE = 0  # the pointer of a tensor that is not there
+
+
+def registered() -> list[str]:
+    """Names of all operators under `torch.ops.convoxel`."""
+    return sorted(_names)
+
+
+def register(
+    schema: str,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines `torch.ops.convoxel.<name>` and returns its default overload (bound once: half the cost of a
+    look-up per call). Pointers are taken in `cpu` only: there tensors are always real."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"convoxel::{name}", fake, lib=_library)
+    if backward:
+        torch.library.register_autograd(
+            f"convoxel::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    if vmap:
+        torch.library.register_vmap(f"convoxel::{name}", vmap, lib=_library)
+    _names.append(name)
+    return getattr(torch.ops.convoxel, name).default
+
+
+def why_not(*tensors: torch.Tensor | None) -> str | None:
+    """Why these tensors are outside what the kernels serve (contract C1), or None."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.layout != torch.strided:
+            return f"{t.layout} layout"
+        if t.device.type not in ("cpu", "meta"):
+            return f"device {t.device.type}"
+        if t.dtype not in runtime.DTYPES:
+            return f"dtype {t.dtype} on {t.device.type}"
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            return "forward-mode differentiation"
+    return None
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on (torch's lower-precision list), else as they are."""
+    first = next(t for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def pointer(t: torch.Tensor | None) -> int:
+    return NONE if t is None else t.data_ptr()
+
+
+def scratch(size: int) -> torch.Tensor:
+    """`size` bytes that a kernel may write to; never read before written."""
+    return torch.empty(size, dtype=torch.uint8)

@@ -1,0 +1,182 @@
+"""What is set for the whole process: ISA, precision, algorithm, strict mode; and what was counted."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch  # before _C: both then share torch's OpenMP threads
+
+from . import _C  # type: ignore[attr-defined]
+
+PRECISIONS = ("highest", "high", "medium")
+ALGORITHMS = ("auto", "direct")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # as csrc/dtype.h numbers them
+
+_TRUE = ("1", "true", "yes", "on")
+
+
+def _from_environment(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default) or default
+    if value not in allowed:
+        raise ValueError(f"{name}={value}: expected one of {', '.join(allowed)}")
+    return value
+
+
+class HandedToTorch(RuntimeError):
+    """Strict mode: a call that convoxel's kernels do not serve. The message says which and why."""
+
+
+@dataclass
+class _State:
+    strict: bool = os.environ.get("CONVOXEL_STRICT", "").lower() in _TRUE
+    verbose: bool = os.environ.get("CONVOXEL_VERBOSE", "").lower() in _TRUE
+    precision: str = "high"
+    algorithm: str = _from_environment("CONVOXEL_CONV_ALGORITHM", "auto", ALGORITHMS)
+    served: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    handed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_state = _State()
+
+
+def set_strict(strict: bool) -> None:
+    """With True a call that would be handed to torch raises `convoxel.HandedToTorch` instead."""
+    _state.strict = bool(strict)
+
+
+def is_strict() -> bool:
+    return _state.strict
+
+
+def set_float32_conv_precision(precision: str) -> None:
+    """ "highest", "high" (default) or "medium", in the words of torch.set_float32_matmul_precision.
+
+    `highest`: error against float64 at most twice torch's own. `high`: relative L2 error at most 1e-5.
+    `medium`: bfloat16 arithmetic allowed. The direct convolution keeps `highest` at every setting.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    _state.precision = precision
+
+
+def get_float32_conv_precision() -> str:
+    return _state.precision
+
+
+def set_conv_algorithm(algorithm: str) -> None:
+    """Which convolution algorithm to use: "auto" or "direct" (also CONVOXEL_CONV_ALGORITHM)."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm {algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
+    _state.algorithm = algorithm
+
+
+def get_conv_algorithm() -> str:
+    return _state.algorithm
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build has and this CPU can run, weakest first."""
+    return list(_C.isas())
+
+
+def isa() -> str:
+    """The instruction set in use: the last of `isas()`, or what CONVOXEL_ISA or `set_isa` says."""
+    return str(_C.isa())
+
+
+def set_isa(name: str) -> None:
+    """Use this instruction set from the next call on; ValueError if it is not one of `isas()`."""
+    _C.set_isa(name)
+
+
+def handed(op: str, reason: str) -> None:
+    """Counts a call that goes to torch; in strict mode raises instead."""
+    if _state.strict:
+        raise HandedToTorch(
+            f"{op}: not served by convoxel: {reason}. Change the call, or allow torch to take it with "
+            "convoxel.set_strict(False)"
+        )
+    with _state.lock:
+        _state.handed[(op, reason)] += 1
+
+
+@contextmanager
+def serve(op: str, algorithm: str, describe: Callable[[], str]) -> Iterator[None]:
+    """Around a kernel: counts it, and prints one line of it when CONVOXEL_VERBOSE=1."""
+    name = _C.isa()
+    with _state.lock:
+        _state.served[(op, algorithm, name)] += 1
+    if not _state.verbose:
+        yield
+        return
+    start = time.perf_counter()
+    yield
+    ms = 1e3 * (time.perf_counter() - start)
+    print(f"convoxel {op} {describe()} {algorithm} {name} {ms:.3f} ms", file=sys.stderr)
+
+
+def stats() -> dict[str, dict[str, Any]]:
+    """Per operator, since the start or `reset_stats()`: calls served, by which algorithm and ISA; calls
+    handed to torch, and why.
+
+    >>> convoxel.stats()
+    {'conv': {'served': 2, 'by': {'direct avx512': 2}, 'torch': 0, 'why': {}}}
+    """
+    table: dict[str, dict[str, Any]] = {}
+
+    def row(op: str) -> dict[str, Any]:
+        return table.setdefault(op, {"served": 0, "by": {}, "torch": 0, "why": {}})
+
+    with _state.lock:
+        for (op, algorithm, name), count in _state.served.items():
+            row(op)["served"] += count
+            row(op)["by"][f"{algorithm} {name}"] = count
+        for (op, reason), count in _state.handed.items():
+            row(op)["torch"] += count
+            row(op)["why"][reason] = count
+    return table
+
+
+def reset_stats() -> None:
+    with _state.lock:
+        _state.served.clear()
+        _state.handed.clear()
+
+
+class Info(dict[str, Any]):
+    """A dict that prints as a table."""
+
+    def __str__(self) -> str:
+        width = max(len(k) for k in self)
+        return "\n".join(f"{k:<{width}}  {v}" for k, v in self.items())
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """Version, machine, instruction sets, threads, and why CUDA is absent."""
+    from . import __version__
+
+    return Info(
+        {
+            "convoxel": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "ISA": f"{isa()} (available: {', '.join(isas())})",
+            "threads": torch.get_num_threads(),
+            "precision": get_float32_conv_precision(),
+            "strict": is_strict(),
+            "CUDA": "absent: this version has CPU kernels only; CUDA tensors go to torch",
+        }
+    )
