@@ -36,6 +36,7 @@ __all__ = [
     "functional",
     "get_conv_algorithm",
     "get_float32_conv_precision",
+    "inference",
     "info",
     "is_strict",
     "isa",
@@ -55,11 +56,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import volume
+    from . import inference, volume
 else:
 
     def __getattr__(name: str) -> object:
         """Imports what training does not need on first use."""
-        if name in ("volume",):
+        if name in ("inference", "volume"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

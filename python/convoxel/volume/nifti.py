@@ -113,6 +113,14 @@ def write(volume: Volume, path: str | os.PathLike[str]) -> None:
     write_atomically(path, header.binaryblock + bytes(4), array)
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raises now what `write` would raise later: before hours of work whose result it is to hold."""
+    _nibabel()
+    folder = _checked_path(path).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise VolumeError(f"{path}: its folder does not exist or is not writable; make it first")
+
+
 def _nibabel() -> Any:
     try:
         import nibabel
