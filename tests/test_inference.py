@@ -175,6 +175,17 @@ def test_outputs_at_their_own_scale():
     assert odd.shape[2:] == (5, 3)  # round(begin * scale) to round(end * scale), as MONAI
 
 
+def test_windows_that_fall_between_voxels_of_the_output_begin_at_the_one_before():
+    """Ten voxels, windows of five at 0, 2, 4, 5, answered by two voxels each: they begin at 0, 0, 1, 2."""
+
+    def answer(windows, coords):
+        begin = torch.tensor([float(c[2].start) for c in coords])
+        return begin[:, None, None].expand(-1, 1, 2)
+
+    y = sliding_window_inference(torch.zeros(1, 1, 10), 5, 3, answer, 0.5, with_coord=True)
+    assert y.tolist() == [[[1.0, 2.0, 4.5, 5.0]]]
+
+
 @pytest.mark.parametrize(
     "wrap, kind",
     [

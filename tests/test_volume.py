@@ -4,11 +4,13 @@ import gzip
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,7 +187,15 @@ def test_outside_the_field_of_view():
     target = Volume(np.zeros((1, 1, 6)), None, wide)
     assert source.resample_to(target, mode="nearest").array.tolist() == [[[1, 1, 1, 2, 2, 2]]]
     assert source.resample_to(target, mode="nearest", fill=9).array.tolist() == [[[9, 9, 1, 2, 9, 9]]]
-    wide[1, 3] = 50
+    wide[0] = [
+        0.25,
+        0,
+        0,
+        -0.75,
+    ]  # centres at -0.75, -0.5, ..., 0.5: half a voxel before the first is its border
+    inside = source.resample_to(Volume(np.zeros((1, 1, 6)), None, wide), mode="nearest", fill=9)
+    assert inside.array.tolist() == [[[9, 1, 1, 1, 1, 2]]]
+    wide[0], wide[1, 3] = [1, 0, 0, 0], 50
     with pytest.raises(ValueError, match="do not overlap"):
         source.resample_to(Volume(np.zeros((1, 1, 6)), None, wide))
     with pytest.raises(ValueError, match="fill"):
@@ -237,7 +247,7 @@ def test_qform_says_the_same_where_it_can(tmp_path):
     [
         ([0, 1], bool, np.uint8),
         ([0, 255], np.int64, np.uint8),
-        ([0, 256], np.int64, np.int16),
+        ([0, 256], np.int64, np.uint16),
         ([0, 65535], np.uint64, np.uint16),
         ([-1, 5], np.int64, np.int16),
         ([-40000, 5], np.int64, np.int32),
@@ -599,6 +609,7 @@ def test_the_same_volume_gives_the_same_bytes_and_usual_permissions(tmp_path):
     for name in ("a.nii.gz", "b.nii.gz"):
         write(volume, tmp_path / name)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes()[3:8] == bytes(5)  # neither name nor time
     (tmp_path / "plain").touch()
     assert (tmp_path / "a.nii.gz").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -613,3 +624,12 @@ def test_import_convoxel_does_not_import_nibabel():
     code = "import convoxel, sys; assert 'nibabel' not in sys.modules; convoxel.volume.read; convoxel.no_such"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError: module 'convoxel' has no attribute 'no_such'" in run.stderr
+
+
+def test_the_user_page_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "volume.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall("```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 4
+    exec("\n".join(blocks), {})
+    assert f"# {capsys.readouterr().out}" in page

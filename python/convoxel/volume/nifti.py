@@ -150,7 +150,7 @@ def _storable(array: NDArray[Any], path: Path) -> NDArray[Any]:
     if array.dtype.kind == "f" or array.dtype.itemsize < 8:
         return array
     low, high = int(array.min()), int(array.max())
-    for name in ("u1", "i2", "u2", "i4", "u4"):
+    for name in ("u1", "u2", "i2", "u4", "i4"):
         if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
             return array.astype(name)
     raise VolumeError(
