@@ -1,6 +1,7 @@
 """Convolution: three operators that are each other's gradients.
 
-    conv             y  = F(x, w) + b      y[n,k,o] = b[k] + sum_{c,t} w[k,c,t] x[n,c, o*stride + t*dilation - padding]
+    conv             y  = F(x, w) + b      y[n,k,o] = b[k] + sum_{c,t} w[k,c,t] x[n,c,i],
+                                           i = o * stride + t * dilation - padding
     conv_input_grad  dx = G(dy, w) + b     also the transposed convolution
     conv_weight_grad dw = H(x, dy)
 
@@ -414,8 +415,8 @@ def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: An
     values = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
     s, p, o, d = (as_tuple(v, rank, name, n) for n, v in values.items())
     if any(a >= max(b, c) for a, b, c in zip(o, s, d, strict=True)) or min(o) < 0:
-        raise RuntimeError(f"{name}: output padding must be smaller than either stride or dilation, and not negative: "
-                           f"received output_padding {o}, stride {s}, dilation {d}")  # fmt: skip
+        raise RuntimeError(f"{name}: output padding must be smaller than either stride or dilation, and not "
+                           f"negative: received output_padding {o}, stride {s}, dilation {d}")  # fmt: skip
     size = [conv_transpose_out_size(*a) for a in zip(x.shape[2:], w.shape[2:], s, p, o, d, strict=True)]
     if min(size) < 1:
         raise RuntimeError(f"{name}: input {tuple(x.shape)} gives an output of {tuple(size)}, too small; "
@@ -435,8 +436,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             raise TypeError(f"linear(): argument '{what}' must be Tensor, not {type(t).__name__}")
     if w.dim() not in (1, 2) or x.dim() < 1 or x.shape[-1] != w.shape[-1]:
         raise RuntimeError(
-            f"linear: mat1 and mat2 shapes cannot be multiplied: input {tuple(x.shape)} has {x.shape[-1:]} features, "
-            f"weight {tuple(w.shape)} (K, C) expects {w.shape[-1:]}"
+            f"linear: mat1 and mat2 shapes cannot be multiplied: input {tuple(x.shape)} has features "
+            f"{tuple(x.shape[-1:])}, weight {tuple(w.shape)} (K, C) expects {tuple(w.shape[-1:])}"
         )
     k = w.shape[0] if w.dim() == 2 else 1
     rows = x.reshape(-1, x.shape[-1])
