@@ -1,7 +1,8 @@
 """`Sequential` and `Model`: torch modules with Keras' verbs.
 
-torch 2 has an `nn.Module.compile` of its own (torch.compile in place). Here `compile` is Keras'; torch's is
-`torch.nn.Module.compile(model)`, and fit, evaluate and predict then run the compiled network.
+torch 2 has an `nn.Module.compile` of its own (torch.compile in place). Here `compile` is Keras'; for torch's
+wrap the compiled network, `Model(torch.compile(network))`, or call `torch.nn.Module.compile(model)` on a
+Model (torch itself skips a bare nn.Sequential there). fit, evaluate and predict run the compiled network.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Trainer(nn.Module):
             raise TypeError(
                 "compile(optimizer, loss, metrics) needs an optimizer and a loss, as in "
                 'compile("adam", "cross_entropy", ["accuracy"]); '
-                "for torch's own compile call torch.nn.Module.compile(model, ...)"
+                "for torch's own compile wrap it: convoxel.Model(torch.compile(network))"
             )
         loss = losses.get(loss)
         logits = losses.takes_logits(loss)
