@@ -118,6 +118,14 @@ def test_what_cannot_be_watched(make):
         make(mode="best")
 
 
+@pytest.mark.parametrize("make", [ModelCheckpoint, CSVLogger])
+def test_a_missing_folder_is_found_before_the_training(tmp_path, make):
+    model = Scripted([1.0])
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*create it first"):
+        model.run(make(tmp_path / "nowhere" / "file"))
+    assert model.age == 0
+
+
 @pytest.mark.parametrize(
     "name, larger", [("val_dice", True), ("accuracy", True), ("iou", True), ("val_loss", False)]
 )

@@ -13,8 +13,6 @@ import convoxel
 from convoxel import batches, callbacks, checkpoint, losses, models, nn, progress
 from convoxel.callbacks import Callback, ModelCheckpoint
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def data():
@@ -256,6 +254,16 @@ def test_a_read_only_memory_map_is_read_batch_by_batch(data, tmp_path):
     assert same(a.state_dict(), b.state_dict())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_go_to_the_device_of_the_network(data, tmp_path):
+    model = compiled(small(lazy=True).cuda(), metrics=["accuracy", "dice"])
+    assert model.fit(*data, epochs=40, batch_size=8, verbose=0).history["accuracy"][-1] > 0.85
+    assert model.evaluate(*data, verbose=0)["dice"] > 0.8 and isinstance(model.predict(data[0]), np.ndarray)
+    model.save(tmp_path / "gpu.safetensors")
+    on_cpu = small().load(tmp_path / "gpu.safetensors")
+    np.testing.assert_allclose(on_cpu.predict(data[0]), model.predict(data[0]), atol=1e-2)
+
+
 def test_predict_gives_what_it_was_given(data):
     x, _ = data
     model = small()  # predict needs no compile
@@ -493,6 +501,8 @@ X, Y = np.zeros((4, 1, 6, 6), np.float32), np.zeros(4, int)
         (lambda m: m.fit(X), ValueError, "y is missing"),
         (lambda m: m.fit(X[:0], Y[:0]), ValueError, "x holds no samples"),
         (lambda m: m.fit(X[:, 0, 0, 0], Y), ValueError, r"x must be \(N, C, ...\), received shape \(4,\)"),
+        (lambda m: m.fit(X[:, 0], Y), ValueError, r"Conv2d needs x of shape \(N, C, H, W\).*x\[:, None\]"),
+        (lambda m: m.predict(X[:, 0]), ValueError, r"Conv2d needs x of shape \(N, C, H, W\)"),
         (lambda m: m.fit(X, list(Y)), TypeError, "y must be a numpy array or a torch tensor, received list"),
         (lambda m: m.fit(X, Y + 3), ValueError, "labels must be in 0..2 .*received values from 3 to 3"),
         (lambda m: m.fit(X, Y - 1), ValueError, "received values from -1 to -1"),

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from . import checkpoint
+
 if TYPE_CHECKING:
     from .model import Trainer
 
@@ -112,6 +114,9 @@ class ModelCheckpoint(Callback):
         self.path, self.save_best_only = Path(path), save_best_only
         self.watch = _Watch(monitor, mode) if save_best_only else None
 
+    def on_train_begin(self) -> None:
+        checkpoint.check_writable(self.path)
+
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         if self.watch is None or self.watch.improved(logs):
             self.model.save(self.path)
@@ -172,6 +177,8 @@ class CSVLogger(Callback):
         self.path, self.append = Path(path), append
 
     def on_train_begin(self) -> None:
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"no folder {self.path.parent} for {self.path.name}; create it first")
         self.columns: list[str] | None = None
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:

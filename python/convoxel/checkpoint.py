@@ -23,7 +23,7 @@ def replace_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) ->
 
     An exception on the way leaves the old file as it was and no other behind.
 
-    >>> replace_atomically("/tmp/convoxel-example.txt", lambda p: p.write_text("whole"))
+    >>> replace_atomically("notes.txt", lambda p: p.write_text("whole"))
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,11 +45,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """FileNotFoundError or ImportError now rather than after the first hours of training."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} to save {Path(path).name} in; create it first")
+    _safetensors()
+
+
 def write(path: str | os.PathLike, state: Mapping[str, Any], architecture: dict[str, Any] | None) -> None:
     """Write a state_dict, and {"name", "config"} of the network or None, as one safetensors file.
 
     Raises ValueError for what safetensors cannot hold (entries that are not tensors, lazy parameters).
     """
+    check_writable(path)
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} is a {type(value).__name__}: a checkpoint holds tensors only")

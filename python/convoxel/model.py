@@ -11,7 +11,8 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import checkpoint, models
 from .trainer import Trainer
@@ -31,6 +32,15 @@ class Sequential(Trainer, nn.Sequential):
     >>> sorted(history.history), len(history.history["loss"])
     (['accuracy', 'loss'], 2)
     """
+
+    def _check_input(self, x: Tensor) -> None:
+        first = self[0] if len(self) else None
+        if isinstance(first, _ConvNd) and x.ndim != len(first.kernel_size) + 2:
+            axes = "N, C, " + ", ".join("DHW"[-len(first.kernel_size) :])
+            raise ValueError(
+                f"{type(first).__name__} needs x of shape ({axes}), received {tuple(x.shape)}; "
+                "a missing channel axis is added by x[:, None]"
+            )
 
 
 class Model(Trainer):

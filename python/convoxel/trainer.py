@@ -362,9 +362,13 @@ class Trainer(nn.Module):
                 "x.astype('float32') / 255"
             )
         if first:
+            self._check_input(x)
             self._materialise(x)
             self._sample_shape = tuple(x.shape[1:])
         return x
+
+    def _check_input(self, x: Tensor) -> None:
+        """ValueError for an x that cannot be meant; a subclass that knows its first layer says more."""
 
     def _like(self) -> Tensor:
         return next(self.parameters(), torch.zeros(()))
@@ -424,12 +428,14 @@ class Trainer(nn.Module):
 
     @classmethod
     def _build(cls, path: str | PathLike) -> Any:
+        """A new model from the file: architecture and weights."""
         raise ValueError(
             f"{cls.__name__}.load cannot know the layers; build the {cls.__name__} first "
             f"(Model.load builds registered networks), then fill it: model.load({str(path)!r})"
         )
 
     def _fill(self, path: str | PathLike) -> Trainer:
+        """Load the file's weights into this model and return it; if they do not fit, nothing changes."""
         state, architecture = checkpoint.read(path)
         mine = models.config_of(self._network())
         if architecture is not None and mine is not None and architecture != mine:
