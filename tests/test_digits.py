@@ -11,6 +11,12 @@ pytest.importorskip("tqdm")
 PATH = Path(__file__).parent.parent / "examples" / "digits.py"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small to share: two threads would mostly wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def digits():
     spec = importlib.util.spec_from_file_location("digits", PATH)

@@ -14,6 +14,12 @@ from convoxel import batches, callbacks, checkpoint, losses, models, nn, progres
 from convoxel.callbacks import Callback, ModelCheckpoint
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small to share: two threads would mostly wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def data():
     """60 images (1, 6, 6) whose class 0..2 is the brightest third of their rows: easily learnt."""

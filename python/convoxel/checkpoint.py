@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -18,31 +18,30 @@ from torch import Tensor
 FORMAT = "convoxel-1"
 
 
-def replace_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), bring that file to the disk, rename it to `path`.
+def replace_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, and give it that name.
 
-    An exception on the way leaves the old file as it was and no other behind.
+    An exception on the way leaves the old file as it was and nothing beside it; a kill may leave
+    `.NAME.tmp`, which the next call replaces. One writer at a time for each path.
 
-    >>> replace_atomically("notes.txt", lambda p: p.write_text("whole"))
+    >>> replace_atomically("notes.txt", lambda file: file.write(b"whole"))
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")
     try:
-        write(aside)
-        _sync(aside)
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is on the disk once its folder is
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name == "posix":  # the name itself is on the disk once its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -69,8 +68,9 @@ def write(path: str | os.PathLike, state: Mapping[str, Any], architecture: dict[
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()
     }
     metadata = {"format": FORMAT, "architecture": json.dumps(architecture)}
-    save_file = _safetensors().torch.save_file
-    replace_atomically(path, lambda aside: save_file(tensors, str(aside), metadata=metadata))
+    # As bytes: safetensors' own file writing makes files that only their owner can read.
+    data = _safetensors().torch.save(tensors, metadata=metadata)
+    replace_atomically(path, lambda file: file.write(data))
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
