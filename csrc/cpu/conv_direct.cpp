@@ -7,7 +7,7 @@
 //
 // An item of work is (image, group, tile of the output, some blocks of output channels):
 //   for each block of input channels: pack the window; for each block of output channels, phase, row:
-//   register tiles. Sums run over c within a block of at most 64 channels, then over blocks.
+//   register tiles. Chains of sums are short (kPassProducts) and are then added up in order.
 #include <type_traits>
 
 #include "conv_tile.h"
@@ -60,7 +60,7 @@ Plan make_plan(const ConvGeometry& g, bool transposed) {
   p.transposed = transposed;
   p.N = g.N, p.groups = g.groups;
   p.C = (transposed ? g.K : g.C) / g.groups, p.K = (transposed ? g.C : g.K) / g.groups;
-  p.channel_block = ceil_div(p.C, ceil_div(p.C, kChannelBlock));
+  p.channel_block = channel_block(p.C, g.axis[kH].kernel * g.axis[kW].kernel);
   p.taps = 1;
   for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
   choose_tiles<A>(p);
@@ -164,6 +164,8 @@ void run_phase(const Item<A>& it, const Phase* f, const A* panel, const A* bias,
   }
   g.channels = it.channels;
   if (g.x_tap[kW] == it.channels && p.axis[kW].w_tap == 1) g.channels *= g.taps[kW], g.taps[kW] = g.taps[kW] > 0;
+  g.depth = max<int64_t>(1, kPassProducts / max<int64_t>(1, g.taps[kH] * g.taps[kW] * g.channels));
+  if (g.taps[kD] * g.taps[kH] * g.taps[kW] == 0) g.taps[kD] = 1, g.taps[kH] = 0;  // only the bias
   g.x_row = it.tile[kW].out_step * x_axis[kW];
   g.y_row = y_step[kW];
   g.bias = bias;

@@ -32,11 +32,11 @@ inline int64_t window_elements(const Plan& p) {
 // W whole where it fits, then H, then D: long sums in registers, small halo.
 template <class A>
 inline void choose_tiles(Plan& p) {
-  const int64_t limit[kAxes] = {p.axis[kD].out, min<int64_t>(16, p.axis[kH].out), min<int64_t>(128, p.axis[kW].out)};
   for (Axis& a : p.axis) a.tile = 1;
   for (int i = kW; i >= kD; --i) {
     Axis& a = p.axis[i];
-    while (a.tile < limit[i]) {
+    int64_t limit = i == kD ? a.out : min(a.out, max<int64_t>(1, kPassProducts / (i == kH ? p.axis[kW].tile : 3)));
+    while (a.tile < limit) {
       ++a.tile;
       if (window_elements(p) * int64_t(sizeof(A)) <= kTileBytes) continue;
       --a.tile;
@@ -50,7 +50,7 @@ template <class A>
 Plan make_plan(const ConvGeometry& g) {
   Plan p{};
   p.N = g.N, p.groups = g.groups, p.C = g.C / g.groups, p.K = g.K / g.groups;
-  p.channel_block = ceil_div(p.C, ceil_div(p.C, kChannelBlock));
+  p.channel_block = channel_block(p.C, g.axis[kH].kernel * g.axis[kW].kernel);
   p.c_blocks = ceil_div(p.C, p.channel_block);
   p.taps = 1;
   for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], false), p.taps *= g.axis[a].kernel;

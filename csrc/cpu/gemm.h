@@ -15,23 +15,19 @@ struct CorrelateTile {
   int64_t w_tap[3];  // step of w per tap; w is [tap, c, V * lanes]
   int64_t x_row;     // step of x from one output pixel to the next
   int64_t y_row;
-  const A* bias;  // [V * lanes], the sums' start; nullptr: start from y
+  int64_t depth;     // taps along D of one pass; every pass sums from zero and is then added to y
+  const A* bias;     // [V * lanes], what the first pass is added to; nullptr: y
   int tail;       // lanes in use of the last vector
 };
 
 template <class A, int V>
-inline void load_row(const A* y, int tail, Vec<A>* acc) {
-  for (int v = 0; v < V - 1; ++v) acc[v] = load(y + v * kLanes<A>);
-  const A* last = y + (V - 1) * kLanes<A>;
-  acc[V - 1] = tail == kLanes<A> ? load(last) : load(last, tail);
-}
-
-template <class A, int V>
-inline void store_row(A* y, int tail, const Vec<A>* acc) {
-  for (int v = 0; v < V - 1; ++v) store(y + v * kLanes<A>, acc[v]);
-  A* last = y + (V - 1) * kLanes<A>;
-  if (tail == kLanes<A>) store(last, acc[V - 1]);
-  else store(last, acc[V - 1], tail);
+inline void add_row(const A* base, bool whole, A* y, int tail, const Vec<A>* acc) {
+  constexpr int L = kLanes<A>;
+  for (int v = 0; v < V - 1; ++v) store(y + v * L, load(base + v * L) + acc[v]);
+  A* last = y + (V - 1) * L;
+  base += (V - 1) * L;
+  if (tail == L) store(last, load(base) + acc[V - 1]);
+  else store(last, (whole ? load(base) : load(base, tail)) + acc[V - 1], tail);
 }
 
 // x and w of one tap, all its channels. Rows are addressed from every third one, so that
@@ -57,25 +53,26 @@ inline void accumulate_tap(const A* x, int64_t x_row, const A* w, int64_t channe
   }
 }
 
+// One chain of a thousand sums would cost 6 eps; passes of a few hundred, added up, cost 3 (and 1 % of time).
 template <class A, int T, int V>
 __attribute__((noinline)) void correlate_tile(const CorrelateTile<A>& g, const A* x, const A* w, A* y) {
-  constexpr int L = kLanes<A>;
-  Vec<A> acc[T][V];
+  const A* bias = g.bias;
+  for (int64_t begin = 0; begin < g.taps[0]; begin += g.depth, bias = nullptr) {
+    Vec<A> acc[T][V];
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    if (g.bias) {
-      for (int v = 0; v < V; ++v) acc[t][v] = load(g.bias + v * L);
-    } else {
-      load_row<A, V>(y + t * g.y_row, g.tail, acc[t]);
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < V; ++v) acc[t][v] = Vec<A>{};
+    for (int64_t d = begin; d < min(begin + g.depth, g.taps[0]); ++d)
+      for (int64_t h = 0; h < g.taps[1]; ++h)
+        for (int64_t q = 0; q < g.taps[2]; ++q)
+          accumulate_tap<A, T, V>(x + d * g.x_tap[0] + h * g.x_tap[1] + q * g.x_tap[2], g.x_row,
+                                  w + d * g.w_tap[0] + h * g.w_tap[1] + q * g.w_tap[2], g.channels, acc);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      A* row = y + t * g.y_row;
+      add_row<A, V>(bias ? bias : row, bias != nullptr, row, g.tail, acc[t]);
     }
   }
-  for (int64_t d = 0; d < g.taps[0]; ++d)
-    for (int64_t h = 0; h < g.taps[1]; ++h)
-      for (int64_t q = 0; q < g.taps[2]; ++q)
-        accumulate_tap<A, T, V>(x + d * g.x_tap[0] + h * g.x_tap[1] + q * g.x_tap[2], g.x_row,
-                                w + d * g.w_tap[0] + h * g.w_tap[1] + q * g.w_tap[2], g.channels, acc);
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) store_row<A, V>(y + t * g.y_row, g.tail, acc[t]);
 }
 
 // dw[row][k] += sum over pixels (h, w) of x[pixel][row] * dy[pixel][k]; rows are contiguous in x.
@@ -92,7 +89,7 @@ __attribute__((noinline)) void outer_tile(const OuterTile<A>& g, const A* x, con
   Vec<A> acc[T][V];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) acc[t][v] = load(dw + (t * V + v) * L);
+    for (int v = 0; v < V; ++v) acc[t][v] = Vec<A>{};
   for (int64_t h = 0; h < g.pixels[0]; ++h) {
     const A* xs = x + h * g.x_step[0];
     const A* ds = dy + h * g.dy_step[0];
@@ -110,7 +107,7 @@ __attribute__((noinline)) void outer_tile(const OuterTile<A>& g, const A* x, con
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) store(dw + (t * V + v) * L, acc[t][v]);
+    for (int v = 0; v < V; ++v) store(dw + (t * V + v) * L, load(dw + (t * V + v) * L) + acc[t][v]);
 }
 
 // Calls f with the tile height as a compile-time number, 1 <= rows <= kTileRows.

@@ -442,8 +442,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     k = w.shape[0] if w.dim() == 2 else 1
     rows = x.reshape(-1, x.shape[-1])
     one, zero = (1, 1, 1), (0, 0, 0)
-    pixels = rows.t()[None, :, None, None, :]  # (1, C, 1, 1, rows): channels-last
+    # Rows are the pixels of one channels-last image (1, C, 1, 1, rows); no rows are no images.
+    pixels = rows[None, None, None].permute(0, 4, 1, 2, 3) if len(rows) else rows[:, :, None, None, None]
     bias = b if b is None or b.dim() == 1 else b.reshape(-1)
     y = conv(pixels, w.reshape(k, -1, 1, 1, 1), bias, one, zero, one, 1)
-    y = y[0, :, 0, 0].t()
+    y = y.permute(0, 2, 3, 4, 1).reshape(len(rows), k)
     return y.reshape(*x.shape[:-1], k) if w.dim() == 2 else y.reshape(x.shape[:-1])
