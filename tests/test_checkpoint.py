@@ -146,6 +146,24 @@ def test_tied_weights(path):
     assert torch.equal(tied().load(path)[1].weight, model[0].weight)
 
 
+def test_a_network_of_ones_own_once_registered(path, monkeypatch):
+    class Pool(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.config = {"size": tuple(size)}
+            self.pool, self.layer = nn.AvgPool2d(tuple(size)), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.layer(self.pool(x))
+
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+    models.register("pool", Pool)
+    model = convoxel.Model(models.create("pool", size=(2, 4)))
+    model.save(path)
+    assert torch.equal(convoxel.Model.load(path)(X), model(X))
+    model.load(path)  # a tuple here, a list in the file: the same architecture
+
+
 # -- what is refused -----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import doctest
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,18 @@ def test_the_examples_in_the_docstrings(module, tmp_path, monkeypatch):
     assert result.attempted and not result.failed
 
 
+def test_the_page_in_the_docs_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    code = "\n".join(part.split("```")[0] for part in page.split("```python\n")[1:])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "docs/training.md", "exec"), names)
+    assert names["history"].history["val_dice"][-1] > 0.9 and names["labels"].shape == (16, 16, 16)
+    sparse = names["Sparse"](names["network"])
+    sparse.compile("adam", "dice_ce", "dice")
+    assert set(sparse.fit(names["x"], names["y"], verbose=0).history) == {"loss", "penalty", "dice"}
+
+
 # -- training ----------------------------------------------------------------------------------------------
 
 
@@ -104,7 +117,12 @@ def test_names_of_optimizers_are_torchs_classes_and_defaults(data):
     for name in ("adam", "adamw", "sgd"):
         model = compiled(optimizer=name)
         assert model.optimizer is None
-        model.fit(*data, verbose=0)
+
+        class Check(Callback):
+            def on_train_begin(self):
+                assert self.model.optimizer is not None  # for whoever schedules its learning rate
+
+        model.fit(*data, verbose=0, callbacks=[Check()])
         rates[type(model.optimizer)] = model.optimizer.param_groups[0]["lr"]
     assert rates == {torch.optim.Adam: 1e-3, torch.optim.AdamW: 1e-3, torch.optim.SGD: 1e-2}
 

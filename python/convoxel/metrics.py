@@ -57,7 +57,6 @@ class Metric:
     def reset(self) -> None:
         raise NotImplementedError(f"{type(self).__name__} must define reset()")
 
-    @torch.no_grad()
     def update(self, output: Tensor | Sequence[Tensor], target: Tensor) -> None:
         """output (N, K, ...), target (N, ...): add one batch to the counts."""
         raise NotImplementedError(f"{type(self).__name__} must define update(output, target)")
@@ -83,7 +82,6 @@ class Accuracy(Metric):
     def reset(self) -> None:
         self.right = self.total = 0
 
-    @torch.no_grad()
     def update(self, output: Tensor | Sequence[Tensor], target: Tensor) -> None:
         predicted, true, _ = predicted_and_true(output, target, self.threshold, "accuracy")
         self.right += int((predicted == true).sum())
@@ -107,7 +105,6 @@ class _Overlap(Metric):
     def reset(self) -> None:
         self.hit = self.predicted = self.true = torch.zeros(0, dtype=torch.long)
 
-    @torch.no_grad()
     def update(self, output: Tensor | Sequence[Tensor], target: Tensor) -> None:
         predicted, true, classes = predicted_and_true(output, target, self.threshold, self.title)
         if not len(self.hit):

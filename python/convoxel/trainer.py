@@ -6,6 +6,7 @@ those are what a subclass overrides.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,7 +122,9 @@ class Trainer(nn.Module):
         loss.backward()
         self.optimizer.step()
 
+    @torch.no_grad()
     def update_metrics(self, output: Any, y: Tensor) -> None:
+        """Add a batch to every compiled metric."""
         for metric in self.metrics:
             metric.update(output, y)
 
@@ -132,7 +135,7 @@ class Trainer(nn.Module):
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer, None before compile; one given by name exists from the first batch of fit on."""
+        """The optimizer; one given by name is made when fit starts (lazy layers: at its first batch)."""
         return self._plan and self._plan.optimizer
 
     @property
@@ -211,6 +214,8 @@ class Trainer(nn.Module):
         listeners = [self.history, *([callbacks] if isinstance(callbacks, Callback) else callbacks)]
         for listener in listeners:
             listener.set_model(self)
+        if not self._lazy():
+            self._require_optimizer()
         with self._mode(training=True):
             for listener in listeners:
                 listener.on_train_begin()
@@ -344,6 +349,8 @@ class Trainer(nn.Module):
         for number, batch in enumerate(data):
             x, y = pair(batch)
             like = self._like()
+            if number == 0 and isinstance(self.loss, nn.Module):
+                self.loss.to(like.device)  # class weights and the like
             yield (
                 self._input(x, first=number == 0),
                 y.to(like.device, like.dtype if y.is_floating_point() else torch.int64),
@@ -437,7 +444,7 @@ class Trainer(nn.Module):
     def _fill(self, path: str | PathLike) -> Trainer:
         """Load the file's weights into this model and return it; if they do not fit, nothing changes."""
         state, architecture = checkpoint.read(path)
-        mine = models.config_of(self._network())
+        mine = json.loads(json.dumps(models.config_of(self._network())))  # tuples are lists in the file
         if architecture is not None and mine is not None and architecture != mine:
             raise ValueError(f"{path} holds another architecture: expected {mine}, received {architecture}")
         checkpoint.check_fits(path, state, self.state_dict())

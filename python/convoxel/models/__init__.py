@@ -15,7 +15,8 @@ NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet}
 def register(name: str, network: type[nn.Module]) -> None:
     """Make a network class known to `create`, `config_of`, `Model.save` and `Model.load`.
 
-    Its instances need a `config`: the keyword arguments (JSON values) that build an equal one.
+    Its instances need a `config`: the keyword arguments (JSON values) that build an equal one, also on torch's
+    "meta" device (no values in its constructor), where `Model.load` compares its shapes with the file's.
     """
     if NETWORKS.get(name, network) is not network:
         raise ValueError(f"the name {name!r} is taken by {NETWORKS[name].__name__}; choose another")
