@@ -285,14 +285,14 @@ template <class S>
 void forward(const ConvCall& call) {
   Plan p = make_plan<Compute<S>>(call.g, false);
   correlate<S, Compute<S>>(p, view_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_y<S>(call), static_cast<char*>(call.scratch), call.threads);
+                           view_y<S>(call), static_cast<char*>(call.scratch), team(call.g, call.threads));
 }
 
 template <class S>
 void input_grad(const ConvCall& call) {
   Plan p = make_plan<Compute<S>>(call.g, true);
   correlate<S, Compute<S>>(p, view_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_x<S>(call), static_cast<char*>(call.scratch), call.threads);
+                           view_x<S>(call), static_cast<char*>(call.scratch), team(call.g, call.threads));
 }
 
 template <class S, bool transposed>

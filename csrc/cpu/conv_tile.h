@@ -101,6 +101,13 @@ inline T* take(char*& scratch, int64_t count) {
   return p;
 }
 
+// A parallel region costs 10 us and more; 4 MFLOP take one core 20 us.
+inline int team(const ConvGeometry& g, int threads) {
+  double flops = 2.0 * double(g.N) * double(g.C) * double(g.K) / double(g.groups);
+  for (const ConvAxis& a : g.axis) flops *= double(a.out) * double(a.kernel);
+  return flops < 4e6 ? 1 : threads;
+}
+
 // Output channels go in blocks of two vectors; a last block of at most one vector is narrower.
 template <class A>
 struct ChannelBlocks {

@@ -176,7 +176,8 @@ void weight_grad(const ConvCall& call) {
   char* scratch = static_cast<char*>(call.scratch);
   A* panels = take<A>(scratch, p.pieces * p.panel);
   int64_t per_thread = thread_bytes<A>(p);
-  parallel_for(call.threads, p.items, [&](int64_t item, int thread) {
+  int threads = team(call.g, call.threads);
+  parallel_for(threads, p.items, [&](int64_t item, int thread) {
     char* mine = scratch + thread * per_thread;
     A* window = take<A>(mine, p.window);
     A* dy_tile = take<A>(mine, p.dy_tile);
@@ -202,7 +203,7 @@ void weight_grad(const ConvCall& call) {
       with_vectors(blocks.vectors(kb), [&](auto V) { add_tile<A, V()>(p, t, packed, window, channels, dy, panel); });
     }
   });
-  reduce_panels(p, panels, static_cast<S*>(call.w), call.threads);
+  reduce_panels(p, panels, static_cast<S*>(call.w), threads);
 }
 
 template <class S>
@@ -254,7 +255,7 @@ void bias_grad(const ConvCall& call) {
   const S* y = static_cast<const S*>(call.y);
   A* sums = static_cast<A*>(call.scratch);  // [partial sums, K]
   int64_t parts = partial_sums(g), pixels = g.y_last ? g.N * volume(g) : volume(g);
-  parallel_for(call.threads, g.y_last ? parts : g.N * g.K, [&](int64_t i, int) {
+  parallel_for(g.N * g.K * volume(g) < 65536 ? 1 : call.threads, g.y_last ? parts : g.N * g.K, [&](int64_t i, int) {
     if (g.y_last) sum_pixels(y + i * kSumPixels * g.K, min(kSumPixels, pixels - i * kSumPixels), g.K, sums + i * g.K);
     else sum_plane(y + i * pixels, pixels, sums + i);
   });

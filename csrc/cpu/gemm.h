@@ -15,8 +15,8 @@ struct CorrelateTile {
   int64_t w_tap[3];  // step of w per tap; w is [tap, c, V * lanes]
   int64_t x_row;     // step of x from one output pixel to the next
   int64_t y_row;
-  int64_t depth;     // taps along D of one pass; every pass sums from zero and is then added to y
-  const A* bias;     // [V * lanes], what the first pass is added to; nullptr: y
+  int64_t depth;  // taps along D of one pass; every pass sums from zero and is then added to y
+  const A* bias;  // [V * lanes], what the first pass is added to; nullptr: y
   int tail;       // lanes in use of the last vector
 };
 
