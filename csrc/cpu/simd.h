@@ -114,12 +114,12 @@ inline void store(bfloat16* p, Vec<float> v, int n) {
 #else
 template <class S>
 inline auto load(const S* p, int n) {
-  Vec<Compute<S> > v{};
-  for (int i = 0; i < n; ++i) v[i] = to_compute(p[i]);
-  return v;
+  Compute<S> lanes[kLanes<Compute<S>>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_compute(p[i]);
+  return load(lanes);
 }
 template <class S>
-inline void store(S* p, Vec<Compute<S> > v, int n) {
+inline void store(S* p, Vec<Compute<S>> v, int n) {
   for (int i = 0; i < n; ++i) from_compute(v[i], p[i]);
 }
 #endif

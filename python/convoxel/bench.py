@@ -182,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", nargs="?", choices=list(LISTS), default="hot", help="list of layers (default: hot)"
     )
     parser.add_argument("--problem", action="append", metavar="STRING",
-                        help="time this problem instead, e.g. 'conv n1 c32 k32 i64x64x64 f3x3x3'; repeatable")  # fmt: skip
+                        help="time this problem instead, e.g. 'conv n1 c32 k32 i64x64 f3x3'; repeatable")  # fmt: skip
     parser.add_argument("--passes", default=",".join(PASSES), help="of " + ", ".join(PASSES))
     parser.add_argument("--dtype", choices=list(Problem.DTYPES), help="override the problems' dtype")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
