@@ -45,6 +45,33 @@ void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const 
         py::arg("dtype"), py::arg("geometry"), py::arg("threads"));
 }
 
+void bind_resample(py::module_& m) {
+  py::class_<ResampleGeometry>(m, "ResampleGeometry")
+      .def(py::init([](int64_t images, int64_t inner, int mode, bool align_corners, std::array<int64_t, kAxes> in,
+                       std::array<int64_t, kAxes> out, std::array<double, kAxes> scale) {
+             ResampleGeometry g{images, inner, mode, align_corners, {}};
+             for (int a = 0; a < kAxes; ++a) g.axis[a] = {in[a], out[a], scale[a]};
+             return g;
+           }),
+           py::arg("images"), py::arg("inner"), py::arg("mode"), py::arg("align_corners"), py::arg("in_size"),
+           py::arg("out_size"), py::arg("scale"));
+  m.def("resample_scratch",
+        [](int dtype, const ResampleGeometry& g, bool adjoint, int threads) {
+          const Resample& r = active_isa().resample[dtype];
+          return (adjoint ? r.input_grad_scratch : r.forward_scratch)(g, threads);
+        },
+        py::arg("dtype"), py::arg("geometry"), py::arg("adjoint"), py::arg("threads"));
+  m.def(
+      "resample",
+      [](int dtype, const ResampleGeometry& g, bool adjoint, Pointer src, Pointer dst, Pointer scratch, int threads) {
+        auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+        const Resample& r = active_isa().resample[dtype];
+        (adjoint ? r.input_grad : r.forward)({g, at(src), at(dst), at(scratch), threads});
+      },
+      py::arg("dtype"), py::arg("geometry"), py::arg("adjoint"), py::arg("src"), py::arg("dst"), py::arg("scratch"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
   bind_conv(
       m, "conv_bias_grad", [](const Kernels& k, int t) { return k.conv_weight_grad[t].bias_grad; },
       [](const Kernels& k, int t) { return k.conv_weight_grad[t].bias_grad_scratch; });
+  bind_resample(m);
 }
 
 }  // namespace convoxel

@@ -32,10 +32,47 @@ struct ConvWeightGrad {
   ConvScratch weight_grad_scratch, bias_grad_scratch;
 };
 
+// Interpolation of x [images, D, H, W, inner]: contiguous tensors have N C images, channels-last ones inner C.
+enum ResampleMode : int {  // ops/resample.py numbers them too
+  kNearest = 0,
+  kNearestExact = 1,
+  kLinear = 2,
+  kNearestVectorized = 3,       // the same two with the roundings of torch's vectorized kernels
+  kNearestExactVectorized = 4,
+};
+
+struct ResampleAxis {
+  int64_t in, out;
+  double scale;  // scale_factor; 0: out / in
+};
+
+struct ResampleGeometry {
+  int64_t images, inner;
+  int mode;
+  bool align_corners;
+  ResampleAxis axis[kAxes];
+};
+
+struct ResampleCall {
+  ResampleGeometry g;
+  const void* src;
+  void* dst;
+  void* scratch;
+  int threads;
+};
+
+struct Resample {
+  void (*forward)(const ResampleCall&);     // x -> y
+  void (*input_grad)(const ResampleCall&);  // dy -> dx
+  int64_t (*forward_scratch)(const ResampleGeometry&, int threads);  // bytes
+  int64_t (*input_grad_scratch)(const ResampleGeometry&, int threads);
+};
+
 struct Kernels {
   const char* isa;
   const ConvDirect* conv_direct;  // [kDTypes], as all that follow
   const ConvWeightGrad* conv_weight_grad;
+  const Resample* resample;
   // Does `rounds` rounds of independent fused multiply-adds on each thread; returns the flops done.
   double (*fma_peak)(int64_t rounds, int threads);
 };

@@ -12,6 +12,7 @@ torch.Size([1, 8, 16, 16, 16])
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn.functional import *  # noqa: F403
 
 from . import runtime
 from .ops import conv as _conv
+from .ops import resample as _resample
 from .ops.library import autocast, why_not
 
 
@@ -88,3 +90,53 @@ def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_paddi
 @_served(3, lower_precision=True)
 def linear(input, weight, bias=None):
     return _conv.linear(input, weight, bias)
+
+
+# Interpolation ------------------------------------------------------------------------------------
+
+
+def _outside(mode, antialias):
+    if antialias:
+        return "antialias=True"
+    return f"mode {mode}" if mode in ("area", "bicubic", "lanczos") else None
+
+
+@_served(1)
+def interpolate(
+    input,
+    size=None,
+    scale_factor=None,
+    mode="nearest",
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
+):
+    how = (size, scale_factor, mode, align_corners, recompute_scale_factor)
+    if reason := _outside(mode, antialias):
+        runtime.handed("interpolate", reason)
+        return _torch.interpolate(input, *how, antialias)
+    return _resample.resize(input, *how)
+
+
+def _deprecated(name):
+    warnings.warn(
+        f"`nn.functional.{name}` is deprecated. Use `nn.functional.interpolate` instead.", stacklevel=3
+    )
+
+
+def upsample(input, size=None, scale_factor=None, mode="nearest", align_corners=None):
+    """torch.nn.functional.upsample: the former name of `interpolate`."""
+    _deprecated("upsample")
+    return interpolate(input, size, scale_factor, mode, align_corners)
+
+
+def upsample_nearest(input, size=None, scale_factor=None):
+    """torch.nn.functional.upsample_nearest: `interpolate` with mode "nearest"."""
+    _deprecated("upsample_nearest")
+    return interpolate(input, size, scale_factor, mode="nearest")
+
+
+def upsample_bilinear(input, size=None, scale_factor=None):
+    """torch.nn.functional.upsample_bilinear: `interpolate` with mode "bilinear" and align_corners=True."""
+    _deprecated("upsample_bilinear")
+    return interpolate(input, size, scale_factor, mode="bilinear", align_corners=True)

@@ -110,3 +110,26 @@ class LazyConvTranspose3d(_nn.LazyConvTranspose3d, ConvTranspose3d):
 
 class LazyLinear(_nn.LazyLinear, Linear):
     cls_to_become = Linear
+
+
+# Interpolation ------------------------------------------------------------------------------------
+
+
+class Upsample(_nn.Upsample):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.interpolate(
+            input,
+            self.size,
+            self.scale_factor,
+            self.mode,
+            self.align_corners,
+            recompute_scale_factor=self.recompute_scale_factor,
+        )
+
+
+class UpsamplingNearest2d(_nn.UpsamplingNearest2d, Upsample):
+    pass
+
+
+class UpsamplingBilinear2d(_nn.UpsamplingBilinear2d, Upsample):
+    pass
