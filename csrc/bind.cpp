@@ -55,12 +55,13 @@ void bind_resample(py::module_& m) {
            }),
            py::arg("images"), py::arg("inner"), py::arg("mode"), py::arg("align_corners"), py::arg("in_size"),
            py::arg("out_size"), py::arg("scale"));
-  m.def("resample_scratch",
-        [](int dtype, const ResampleGeometry& g, bool adjoint, int threads) {
-          const Resample& r = active_isa().resample[dtype];
-          return (adjoint ? r.input_grad_scratch : r.forward_scratch)(g, threads);
-        },
-        py::arg("dtype"), py::arg("geometry"), py::arg("adjoint"), py::arg("threads"));
+  m.def(
+      "resample_scratch",
+      [](int dtype, const ResampleGeometry& g, bool adjoint, int threads) {
+        const Resample& r = active_isa().resample[dtype];
+        return (adjoint ? r.input_grad_scratch : r.forward_scratch)(g, threads);
+      },
+      py::arg("dtype"), py::arg("geometry"), py::arg("adjoint"), py::arg("threads"));
   m.def(
       "resample",
       [](int dtype, const ResampleGeometry& g, bool adjoint, Pointer src, Pointer dst, Pointer scratch, int threads) {

@@ -37,7 +37,7 @@ enum ResampleMode : int {  // ops/resample.py numbers them too
   kNearest = 0,
   kNearestExact = 1,
   kLinear = 2,
-  kNearestVectorized = 3,       // the same two with the roundings of torch's vectorized kernels
+  kNearestVectorized = 3,  // the same two with the roundings of torch's vectorized kernels
   kNearestExactVectorized = 4,
 };
 
@@ -62,8 +62,8 @@ struct ResampleCall {
 };
 
 struct Resample {
-  void (*forward)(const ResampleCall&);     // x -> y
-  void (*input_grad)(const ResampleCall&);  // dy -> dx
+  void (*forward)(const ResampleCall&);                              // x -> y
+  void (*input_grad)(const ResampleCall&);                           // dy -> dx
   int64_t (*forward_scratch)(const ResampleGeometry&, int threads);  // bytes
   int64_t (*input_grad_scratch)(const ResampleGeometry&, int threads);
 };

@@ -35,6 +35,7 @@ Floats = Sequence[float]
 NEAREST, NEAREST_EXACT, LINEAR, NEAREST_VECTORIZED, NEAREST_EXACT_VECTORIZED = range(5)  # csrc/kernels.h
 NAMES = ("nearest", "nearest-exact", "linear", "nearest", "nearest-exact")
 RANKS = {"linear": 1, "bilinear": 2, "trilinear": 3}
+LARGEST = 2.0**40  # factor: an extent that is too large then still fits an int64, and is refused as one
 SMALL = 32 * 1024  # elements that one thread does sooner than two
 
 # The operators -----------------------------------------------------------------------------------
@@ -67,7 +68,9 @@ def _fake(op: str, x: Tensor, size: Ints, mode: int, scales: Floats) -> Tensor:
     return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _run(op: str, adjoint: bool, x: Tensor, size: Ints, mode: int, align_corners: bool, scales: Floats) -> Tensor:
+def _run(
+    op: str, adjoint: bool, x: Tensor, size: Ints, mode: int, align_corners: bool, scales: Floats
+) -> Tensor:
     y = _fake(op, x, size, mode, scales)
     if y.numel() == 0:
         return y
@@ -127,11 +130,11 @@ def _vmap(op: Any) -> Any:
 
 _HOW = "SymInt[3] size, int mode, bool align_corners, float[] scales"
 
-interpolate = register(
+interpolate: Any = register(
     f"interpolate(Tensor x, {_HOW}) -> Tensor",
     _interpolate_cpu, _interpolate_fake, _interpolate_backward, _setup, _vmap(lambda: interpolate),
 )  # fmt: skip
-interpolate_grad = register(
+interpolate_grad: Any = register(
     f"interpolate_grad(Tensor dy, {_HOW}) -> Tensor",
     _grad_cpu, _grad_fake, _grad_backward, _setup, _vmap(lambda: interpolate_grad),
 )  # fmt: skip
@@ -156,7 +159,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, torch.SymInt) or (hasattr(value, "__index__") and not isinstance(value, bool))
 
 
-def _sizes(value: Any, rank: int, x: Tensor) -> list[int]:
+def _sizes(value: Any, rank: int, x: Tensor) -> list[Any]:
     values = _per_axis(value, rank, "size", x)
     if wrong := [v for v in values if not _is_integer(v)]:
         raise TypeError(
@@ -174,9 +177,11 @@ def _scaled(value: Any, rank: int, x: Tensor) -> tuple[list[float], list[int]]:
             f"interpolate: expected scale_factor to be a float or {rank} floats, but got {value!r}, where "
             f"{wrong[0]!r} is a {type(wrong[0]).__name__}"
         )
-    if not all(math.isfinite(f) for f in factors if isinstance(f, (int, float))):
-        raise RuntimeError(f"interpolate: scale_factor must be finite, received {value!r}")
-    return [float(f) for f in factors], [torch.sym_int(s * f) for s, f in zip(x.shape[2:], factors, strict=True)]
+    if not all(math.isfinite(f) and abs(f) < LARGEST for f in factors if isinstance(f, (int, float))):
+        raise RuntimeError(f"interpolate: scale_factor must be finite and below 2^40, received {value!r}")
+    return [float(f) for f in factors], [
+        torch.sym_int(s * f) for s, f in zip(x.shape[2:], factors, strict=True)
+    ]
 
 
 def _vectorized(x: Tensor, size: Ints) -> bool:
@@ -213,7 +218,9 @@ def resize(x: Tensor, size: Any, scale_factor: Any, mode: str, align_corners: bo
             f"{which} size or scale_factor should be defined; received size {size}, scale_factor {scale_factor}"
         )
     if recompute_scale_factor and size is not None:
-        raise ValueError("recompute_scale_factor is not meaningful with an explicit size; leave one of them out")
+        raise ValueError(
+            "recompute_scale_factor is not meaningful with an explicit size; leave one of them out"
+        )
     if rank not in (1, 2, 3) or mode not in ("nearest", "nearest-exact", *RANKS):
         raise NotImplementedError(
             f"Input Error: Only 3D, 4D and 5D input Tensors supported (got {x.dim()}D) for the modes: nearest | linear "
