@@ -161,11 +161,12 @@ def _is_integer(value: Any) -> bool:
 
 def _sizes(value: Any, rank: int, x: Tensor) -> list[Any]:
     values = _per_axis(value, rank, "size", x)
-    if wrong := [v for v in values if not _is_integer(v)]:
-        raise TypeError(
-            f"interpolate: expected size to be an int or {rank} ints, but got size {value!r}, where "
-            f"{wrong[0]!r} is a {type(wrong[0]).__name__}; use scale_factor for a factor"
-        )
+    for v in values:
+        if not _is_integer(v) or (not isinstance(v, torch.SymInt) and abs(int(v)) >= 2**63):
+            raise TypeError(
+                f"interpolate: expected size to be an int of 64 bits or {rank} of them, but got {value!r}, where "
+                f"{v!r} is a {type(v).__name__}; use scale_factor for a factor"
+            )
     return [v if isinstance(v, torch.SymInt) else int(v) for v in values]
 
 
