@@ -1,0 +1,171 @@
+"""Two pictures: what the network sees, should find and finds, in three planes; and how it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .data import BIAS, CLASSES, NOISE, TEST, TISSUES, TRAIN
+from .report import Scores
+
+COLOURS = ("#000000", "#3fa7ff", "#ff9d3c", "#fff6c8")  # background, CSF, grey, white matter
+# Planes as (axis of (z, y, x), index); y = 38 lies in the test half, x = 43 beside the middle.
+PLANES = {"axial": (0, 42), "coronal": (1, 38), "sagittal": (2, 43)}
+ENDS = {"axial": "LRPA", "coronal": "LRIS", "sagittal": "PAIS"}  # left, right, bottom, top of the picture
+
+
+def write(
+    out: Path,
+    image: NDArray,
+    truth: NDArray,
+    threshold: NDArray,
+    prediction: NDArray,
+    curve: dict[str, list[float]],
+    scores: Scores,
+) -> dict[str, str]:
+    """Both pictures into the folder; returns what is in each, by file name."""
+    overlay(out / "overlay.png", image, truth, threshold, prediction, scores)
+    learning_curve(out / "learning_curve.png", curve, scores)
+    return {
+        "overlay.png": "image, truth, threshold and network in three planes",
+        "learning_curve.png": "loss and Dice while it learned",
+    }
+
+
+def overlay(
+    path: Path, image: NDArray, truth: NDArray, threshold: NDArray, prediction: NDArray, scores: Scores
+) -> None:
+    """Writes the picture: one row per plane; image, truth, threshold and network side by side.
+
+    All arrays (D, H, W); image in the units of the template, the others class numbers.
+    """
+    plt = pyplot()
+    from matplotlib.colors import ListedColormap
+
+    colours = ListedColormap(COLOURS)
+    columns: list[tuple[str, NDArray, dict[str, Any]]] = [
+        (
+            f"What the network sees\nbias field ±{BIAS:.0%}, noise {NOISE}",
+            image,
+            {"cmap": "gray", "vmax": 1.2},
+        ),
+        ("Truth\nfrom the template's tissue maps", truth, {"cmap": colours, "vmax": 3}),
+        (
+            f"Intensity threshold\nmean Dice {np.mean(scores.threshold):.2f}",
+            threshold,
+            {"cmap": colours, "vmax": 3},
+        ),
+        (
+            f"3D U-Net on convoxel\nmean Dice {np.mean(scores.network):.2f}",
+            prediction,
+            {"cmap": colours, "vmax": 3},
+        ),
+    ]
+    heights = [np.take(image, i, axis).shape[0] for axis, i in PLANES.values()]
+    figure, axes = plt.subplots(
+        3, 4, figsize=(13, 11), gridspec_kw={"height_ratios": heights}, facecolor="white"
+    )
+    for row, (plane, (axis, index)) in enumerate(PLANES.items()):
+        outline = np.take(truth, index, axis)
+        for column, (title, array, style) in enumerate(columns):
+            ax = axes[row, column]
+            ax.imshow(np.take(array, index, axis), origin="lower", vmin=0, interpolation="nearest", **style)
+            if column == 0:
+                ax.contour(outline > 0, levels=[0.5], colors="#59e07d", linewidths=0.9)
+                _letter(ax, plane)
+            _mark_halves(ax, plane, named=column == 0)
+            ax.set(xticks=[], yticks=[])
+            if row == 0:
+                ax.set_title(title, fontsize=12)
+        axes[row, 0].set_ylabel(plane, fontsize=12)
+    _legend(figure)
+    figure.suptitle(
+        "MNI152, one averaged brain: a demonstration, no clinical claim.  Dice: test half only.", fontsize=13
+    )
+    figure.subplots_adjust(left=0.03, right=0.99, top=0.89, bottom=0.06, wspace=0.03, hspace=0.03)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def learning_curve(path: Path, curve: dict[str, list[float]], scores: Scores) -> None:
+    """Writes the picture: loss per step, and Dice of the training patches per epoch beside the test's."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    loss, dice = np.array(curve["loss"]), curve["dice"]
+    per_epoch = len(loss) // len(dice)
+    epochs = np.arange(1, len(dice) + 1)
+    left.plot(np.arange(1, len(loss) + 1) / per_epoch, loss, color="#b9c7d8", lw=1, label="each step")
+    left.plot(
+        epochs, loss.reshape(len(dice), -1).mean(1), color="#1f4e8c", marker="o", label="mean of the epoch"
+    )
+    left.set(
+        xlabel="epoch", ylabel="Dice + cross-entropy loss", title="Loss on training patches", ylim=(0, None)
+    )
+    right.plot(epochs, dice, color="#1f4e8c", marker="o", label="training patches, augmented")
+    for value, colour, name in (
+        (scores.network, "#c0392b", "test half: 3D U-Net, after training"),
+        (scores.threshold, "#7f8c8d", "test half: intensity threshold"),
+    ):
+        mean = float(np.mean(value))
+        right.axhline(mean, color=colour, ls="--", label=f"{name}, {mean:.2f}")
+    right.set(xlabel="epoch", ylabel="mean Dice of the three tissues", title="Dice", ylim=(0, 1))
+    for ax, place in ((left, "upper right"), (right, "lower right")):
+        ax.legend(loc=place, frameon=False)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Training a 3D U-Net on one half of MNI152 (one averaged brain, a demonstration)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files; ImportError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('the demo needs matplotlib: pip install "convoxel[demo]"') from error
+    matplotlib.use("Agg")  # pictures go to files; no display is needed
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _letter(ax: Any, plane: str) -> None:
+    """Where the picture's sides lie: Left, Right, Posterior, Anterior, Inferior, Superior."""
+    for letter, (x, y) in zip(ENDS[plane], ((0.03, 0.5), (0.97, 0.5), (0.5, 0.04), (0.5, 0.96)), strict=True):
+        ax.text(x, y, letter, transform=ax.transAxes, color="white", ha="center", va="center", fontsize=10)
+
+
+def _mark_halves(ax: Any, plane: str, named: bool) -> None:
+    """A line where the test half ends and one where training begins, in the planes that cross them."""
+    if plane == "coronal":
+        return
+    lines, text = (ax.axhline, "y") if plane == "axial" else (ax.axvline, "x")
+    for edge in (TEST.stop - 0.5, TRAIN.start - 0.5):
+        lines(edge, color="white", lw=0.9, ls=(0, (4, 3)))
+    if not named:
+        return
+    for word, position in (("test", TEST.stop - 2), ("training", TRAIN.start + 1)):
+        low = word == "test"
+        if text == "y":
+            ax.text(1, position, word, color="white", fontsize=9, va="top" if low else "bottom")
+        else:
+            ax.text(position, 1, word, color="white", fontsize=9, ha="right" if low else "left")
+
+
+def _legend(figure: Any) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Patch(facecolor=COLOURS[CLASSES.index(tissue)], edgecolor="black", label=tissue) for tissue in TISSUES
+    ]
+    handles.append(Line2D([], [], color="#59e07d", label="true outline of the brain"))
+    handles.append(
+        Line2D([], [], color="0.4", ls=(0, (4, 3)), label="between the lines: neither trained on nor tested")
+    )
+    figure.legend(handles=handles, loc="lower center", ncol=5, frameon=False, fontsize=11)
