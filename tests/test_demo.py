@@ -13,7 +13,6 @@ from convoxel.demo import data, measure, report, run, train
 from convoxel.demo.augment import Patches
 from convoxel.models import UNet
 
-
 SPEEDS = {f"{work}, {whose}": 1e6 for work in ("training", "inference") for whose in ("convoxel", "torch")}
 
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import demo, runtime
+from . import bench, demo, runtime
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
@@ -39,6 +39,9 @@ def _info(_: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("info", "print versions, instruction sets, threads and CUDA", _info_arguments, _info),
+    Command(
+        "bench", "compare convoxel's layers with torch's on this machine", bench.add_arguments, bench.run
+    ),
     Command("demo", "train a 3D U-Net on a real MRI and check it", demo.add_arguments, demo.run_command),
 )
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import runtime
+from .. import memory, runtime
 from ..inference import predict_labels
 from ..models import UNet
 from ..volume import Volume
@@ -176,5 +176,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """`convoxel demo`: 0 when the target is reached, or everything produced in the short form; otherwise 1."""
+    memory.keep_freed(True)  # for both sides of the comparison
     done = run(args.out, quick=args.quick, seed=args.seed, epochs=args.epochs, threads=args.threads)
     return 0 if done else 1
