@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as T
-from cases import CONV, CONV_TRANSPOSE
 from torch import Tensor
-from tolerance import bound, relative_l2
 
 import convoxel
+from cases import CONV, CONV_TRANSPOSE
 from convoxel import functional as F
 from convoxel import nn
 from convoxel.geometry import Problem
+from tolerance import bound, relative_l2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -93,7 +93,10 @@ def test_every_voxel_is_within_the_bound(dtype: torch.dtype, isa: str) -> None:
     p = Problem.parse("conv n1 c40 k24 i9x10x11 f3x3x3 p1x1x1")
     x, w = torch.randn(p.x_shape).to(dtype), torch.randn(p.w_shape).to(dtype)
     y = call(F, p, x, w, None).double()
-    exact, size = call(T, p, x.double(), w.double(), None), call(T, p, x.double().abs(), w.double().abs(), None)
+    exact, size = (
+        call(T, p, x.double(), w.double(), None),
+        call(T, p, x.double().abs(), w.double().abs(), None),
+    )
     assert ((y - exact).abs() / size).max() <= bound(dtype, 40 * 27)
 
 
@@ -124,13 +127,19 @@ def test_adjoint_identity(p: Problem) -> None:
 
 @pytest.mark.parametrize("need", list(itertools.product((False, True), repeat=3)))
 def test_only_the_gradients_that_are_needed(need: tuple[bool, ...]) -> None:
-    leaves = [torch.randn(s).requires_grad_(n) for s, n in zip(((1, 2, 5, 5), (3, 2, 3, 3), (3,)), need, strict=True)]
+    leaves = [
+        torch.randn(s).requires_grad_(n)
+        for s, n in zip(((1, 2, 5, 5), (3, 2, 3, 3), (3,)), need, strict=True)
+    ]
     y = F.conv2d(*leaves)
     assert y.requires_grad == any(need)
     if any(need):
         y.sum().backward()
     assert [t.grad is not None for t in leaves] == list(need)
-    kernels = {"conv", *(n for n, k in zip(("conv_input_grad", "conv_weight_grad", "conv_bias_grad"), need) if k)}
+    kernels = {
+        "conv",
+        *(n for n, k in zip(("conv_input_grad", "conv_weight_grad", "conv_bias_grad"), need, strict=True) if k),
+    }
     assert set(convoxel.stats()) == kernels
 
 
@@ -174,7 +183,10 @@ def test_vmap(in_dims: tuple[int | None, ...], name: str) -> None:
 
 
 def test_vmap_of_the_weight_gradient() -> None:
-    x, dy = torch.randn(3, 2, 4, 1, 5, 6, dtype=torch.float64), torch.randn(2, 6, 1, 3, 4, dtype=torch.float64)
+    x, dy = (
+        torch.randn(3, 2, 4, 1, 5, 6, dtype=torch.float64),
+        torch.randn(2, 6, 1, 3, 4, dtype=torch.float64),
+    )
     how = ((1, 1, 1), (0, 0, 0), (1, 1, 1), 2, (1, 3, 3))
     got = torch.vmap(lambda x, dy: OPS.conv_weight_grad(x, dy, *how), (0, None))(x, dy)
     torch.testing.assert_close(got, torch.stack([OPS.conv_weight_grad(x[i], dy, *how) for i in range(3)]))
@@ -249,7 +261,9 @@ def test_linear(shape: tuple[int, ...], bias: bool, isa: str) -> None:
     torch.testing.assert_close(got, expected)
     assert got.is_contiguous()
     dy = torch.randn_like(expected)
-    for g, e in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+    for g, e in zip(
+        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
         torch.testing.assert_close(g, e)
 
 

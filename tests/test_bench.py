@@ -1,0 +1,66 @@
+"""`convoxel bench`: what it prints is what it measured."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from convoxel import bench
+from convoxel.geometry import Problem
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args(words))
+
+
+def test_layers_with_their_error_and_fraction_of_peak(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    problems = ["conv n1 c8 k16 i8x9x10 f3x3x3 p1x1x1", "conv_transpose n1 c8 k4 i5x6 f2x2 s2x2"]
+    words = [w for p in problems for w in ("--problem", p)]
+    assert run(*words, "--repeats", "2", "--json", str(tmp_path / "r.json")) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert [(r["problem"], r["direction"]) for r in results["rows"]] == [
+        (str(Problem.parse(p)), d) for p in problems for d in bench.PASSES
+    ]
+    for row in results["rows"]:
+        assert (
+            row["problem"] in out
+            and row["ms"] > 0
+            and row["gain"] == pytest.approx(row["torch_ms"] / row["ms"])
+        )
+        assert row["gflops"] == pytest.approx(Problem.parse(row["problem"]).flops / row["ms"] / 1e6)
+        assert row["error"] < 1e-6 and row["torch_error"] < 1e-6
+    assert re.search(r"FMA peak, GFLOP/s +\d+", out) and out.count("geometric mean") == 3
+
+
+@pytest.mark.parametrize("direction", bench.PASSES)
+@pytest.mark.parametrize(
+    "text", ["conv n1 c8 k6 i7x8 f3x3 p1x1", "conv_transpose n2 c6 k8 i4x5x6 f2x2x2 s2x2x2"]
+)
+def test_a_wrong_result_shows_as_error(direction: str, text: str) -> None:
+    p = Problem.parse(text)
+    x, w, dy = (torch.randn(s) for s in (p.x_shape, p.w_shape, p.y_shape))
+    reference = bench.exact(p, direction, x, w, dy)
+    good = bench.steps(torch.nn.functional, p, x, w, dy)[direction]()
+    assert bench.relative_error(good, reference, p, direction) < 1e-6
+    assert bench.relative_error(good * 1.01, reference, p, direction) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--passes", "sideways"], "sideways"),
+        (["--repeats", "0"], "at least 1"),
+        (["--problem", "conv x"], "'x'"),
+    ],
+)
+def test_wrong_arguments_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*words)
