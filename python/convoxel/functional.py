@@ -26,6 +26,8 @@ from .ops import conv as _conv
 from .ops import resample as _resample
 from .ops.library import autocast, why_not
 
+Size = int | tuple[int, ...]
+
 
 def _served(
     count: int, lower_precision: bool = False
@@ -58,37 +60,43 @@ def _served(
 
 
 @_served(3, lower_precision=True)
-def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv1d(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0,
+           dilation: Size = 1, groups: int = 1) -> Tensor:  # fmt: skip
     return _conv.convolution(1, input, weight, bias, stride, padding, dilation, groups)
 
 
 @_served(3, lower_precision=True)
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0,
+           dilation: Size = 1, groups: int = 1) -> Tensor:  # fmt: skip
     return _conv.convolution(2, input, weight, bias, stride, padding, dilation, groups)
 
 
 @_served(3, lower_precision=True)
-def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0,
+           dilation: Size = 1, groups: int = 1) -> Tensor:  # fmt: skip
     return _conv.convolution(3, input, weight, bias, stride, padding, dilation, groups)
 
 
 @_served(3, lower_precision=True)
-def conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def conv_transpose1d(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+                     output_padding: Size = 0, groups: int = 1, dilation: Size = 1) -> Tensor:  # fmt: skip
     return _conv.conv_transpose(1, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 @_served(3, lower_precision=True)
-def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+                     output_padding: Size = 0, groups: int = 1, dilation: Size = 1) -> Tensor:  # fmt: skip
     return _conv.conv_transpose(2, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 @_served(3, lower_precision=True)
-def conv_transpose3d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def conv_transpose3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+                     output_padding: Size = 0, groups: int = 1, dilation: Size = 1) -> Tensor:  # fmt: skip
     return _conv.conv_transpose(3, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 @_served(3, lower_precision=True)
-def linear(input, weight, bias=None):
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _conv.linear(input, weight, bias)
 
 

@@ -9,6 +9,9 @@ Each is a subclass of torch's own class: same constructor, parameters, `state_di
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn as _nn
 from torch import Tensor
 from torch.nn import *  # noqa: F403
@@ -18,7 +21,7 @@ from . import functional as F
 # Convolution and linear ---------------------------------------------------------------------------
 
 
-def _padded(layer: _nn.modules.conv._ConvNd, input: Tensor) -> tuple[Tensor, object]:
+def _padded(layer: _nn.modules.conv._ConvNd, input: Tensor) -> tuple[Tensor, Any]:
     """Reflect, replicate and circular padding is torch's; zeros are the kernel's own."""
     if layer.padding_mode == "zeros":
         return input, layer.padding
@@ -43,7 +46,9 @@ class Conv3d(_nn.Conv3d):
         return F.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-def _transposed(layer, input: Tensor, output_size: list[int] | None, function) -> Tensor:
+def _transposed(
+    layer: Any, input: Tensor, output_size: list[int] | None, function: Callable[..., Tensor]
+) -> Tensor:
     if layer.padding_mode != "zeros":
         raise ValueError(
             f"{type(layer).__name__}: only `zeros` padding mode is supported, got {layer.padding_mode!r}"

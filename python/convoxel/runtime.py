@@ -15,13 +15,21 @@ from typing import Any
 
 import torch  # before _C: both then share torch's OpenMP threads
 
-from . import _C  # type: ignore[attr-defined]
+from . import _C
 
 PRECISIONS = ("highest", "high", "medium")
 ALGORITHMS = ("auto", "direct")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # as csrc/dtype.h numbers them
 
-_TRUE = ("1", "true", "yes", "on")
+_FLAGS = {"": False, "0": False, "false": False, "no": False, "off": False,
+          "1": True, "true": True, "yes": True, "on": True}  # fmt: skip
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "")
+    if value.lower() not in _FLAGS:
+        raise ValueError(f"{name}={value}: expected 1 or 0")
+    return _FLAGS[value.lower()]
 
 
 def _from_environment(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -37,8 +45,9 @@ class HandedToTorch(RuntimeError):
 
 @dataclass
 class _State:
-    strict: bool = os.environ.get("CONVOXEL_STRICT", "").lower() in _TRUE
-    verbose: bool = os.environ.get("CONVOXEL_VERBOSE", "").lower() in _TRUE
+    strict: bool = _flag("CONVOXEL_STRICT")
+    verbose: bool = _flag("CONVOXEL_VERBOSE")
+    forked: bool = False
     precision: str = "high"
     algorithm: str = _from_environment("CONVOXEL_CONV_ALGORITHM", "auto", ALGORITHMS)
     served: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -47,6 +56,25 @@ class _State:
 
 
 _state = _State()
+
+
+def _after_fork_in_child() -> None:
+    _state.forked = True
+    _state.lock = threading.Lock()  # a thread that the child does not have may hold it
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def threads() -> int:
+    """How many threads a kernel uses: torch.get_num_threads(), and 1 in a forked process.
+
+    A fork copies OpenMP's bookkeeping without its threads, and the next parallel region waits for them
+    forever, in torch as here. DataLoader workers have one thread anyway; who wants more starts processes
+    by "spawn".
+    """
+    return 1 if _state.forked else torch.get_num_threads()
 
 
 def set_strict(strict: bool) -> None:
@@ -97,6 +125,9 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Use this instruction set from the next call on; ValueError if it is not one of `isas()`."""
     _C.set_isa(name)
+
+
+isa()  # a wrong CONVOXEL_ISA stops the import, not the first call
 
 
 def handed(op: str, reason: str) -> None:
@@ -174,7 +205,7 @@ def info() -> Info:
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}",
             "ISA": f"{isa()} (available: {', '.join(isas())})",
-            "threads": torch.get_num_threads(),
+            "threads": threads(),
             "precision": get_float32_conv_precision(),
             "strict": is_strict(),
             "CUDA": "absent: this version has CPU kernels only; CUDA tensors go to torch",

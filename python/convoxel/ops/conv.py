@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from .. import _C, runtime  # type: ignore[attr-defined]
+from .. import _C, runtime
 from ..geometry import (
     SPATIAL_NAMES,
     Problem,
@@ -114,7 +115,7 @@ def problem(geometry: list[int], dtype: torch.dtype) -> str:
 
 def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> None:
     """One kernel over tensors that are dense in the layouts that the geometry states."""
-    dtype, threads = runtime.DTYPES[x.dtype], torch.get_num_threads()
+    dtype, threads = runtime.DTYPES[x.dtype], runtime.threads()
     memory = scratch(getattr(_C, op + "_scratch")(dtype, geometry, threads))
     with runtime.serve(op.removesuffix("_forward"), "direct", lambda: problem(geometry, x.dtype)):
         getattr(_C, op)(
@@ -280,9 +281,7 @@ def _channel_sum_backward(ctx: Any, g: Tensor) -> Tensor:
 # vmap: a batch of images joins N; a batch of weights joins the groups ------------------------------
 
 
-def _front(t: Tensor | None, axis: int | None, size: int) -> Tensor | None:
-    if t is None:
-        return None
+def _front(t: Tensor, axis: int | None, size: int) -> Tensor:
     return t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
 
 
@@ -304,8 +303,8 @@ def _linear_vmap(op: Any) -> Any:
         if in_dims[1] is None and in_dims[2] is None:
             images = _join(x.movedim(in_dims[0], 0), 0)
             return _split(op()(images, w, b, stride, padding, dilation, groups, *size), 0, size_b), 0
-        xb, wb, bb = (_front(t, d, size_b) for t, d in zip((x, w, b), in_dims[:3], strict=True))
-        bias = None if bb is None else bb.flatten(0, 1)
+        xb, wb = (_front(t, d, size_b) for t, d in zip((x, w), in_dims[:2], strict=True))
+        bias = None if b is None else _front(b, in_dims[2], size_b).flatten(0, 1)
         how = (stride, padding, dilation, groups * size_b, *size)
         return _split(op()(_join(xb, 1), _join(wb, 0), bias, *how), 1, size_b), 0
 
@@ -325,19 +324,19 @@ def _channel_sum_vmap(info: Any, in_dims: Any, y: Tensor) -> tuple[Tensor, int]:
 
 _HOW = "SymInt[3] stride, SymInt[3] padding, SymInt[3] dilation, SymInt groups"
 
-conv = register(
+conv: OpOverload = register(
     f"conv(Tensor x, Tensor w, Tensor? b, {_HOW}) -> Tensor",
     _conv_cpu, _conv_fake, _conv_backward, _conv_setup, _linear_vmap(lambda: conv),
 )  # fmt: skip
-conv_input_grad = register(
+conv_input_grad: OpOverload = register(
     f"conv_input_grad(Tensor dy, Tensor w, Tensor? b, {_HOW}, SymInt[3] size) -> Tensor",
     _input_grad_cpu, _input_grad_fake, _input_grad_backward, _input_grad_setup, _linear_vmap(lambda: conv_input_grad),
 )  # fmt: skip
-conv_weight_grad = register(
+conv_weight_grad: OpOverload = register(
     f"conv_weight_grad(Tensor x, Tensor dy, {_HOW}, SymInt[3] kernel) -> Tensor",
     _weight_grad_cpu, _weight_grad_fake, _weight_grad_backward, _weight_grad_setup, _weight_grad_vmap,
 )  # fmt: skip
-channel_sum = register(
+channel_sum: OpOverload = register(
     "channel_sum(Tensor y) -> Tensor",
     _channel_sum_cpu, _channel_sum_fake, _channel_sum_backward, _channel_sum_setup, _channel_sum_vmap,
 )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from .. import runtime
@@ -28,7 +29,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
-) -> Any:
+) -> OpOverload:
     """Defines `torch.ops.convoxel.<name>` and returns its default overload (bound once: half the cost of a
     look-up per call). Pointers are taken in `cpu` only: there tensors are always real."""
     name = schema[: schema.index("(")]
@@ -42,7 +43,8 @@ def register(
     if vmap:
         torch.library.register_vmap(f"convoxel::{name}", vmap, lib=_library)
     _names.append(name)
-    return getattr(torch.ops.convoxel, name).default
+    overload: OpOverload = getattr(torch.ops.convoxel, name).default
+    return overload
 
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:
