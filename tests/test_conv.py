@@ -138,7 +138,11 @@ def test_only_the_gradients_that_are_needed(need: tuple[bool, ...]) -> None:
     assert [t.grad is not None for t in leaves] == list(need)
     kernels = {
         "conv",
-        *(n for n, k in zip(("conv_input_grad", "conv_weight_grad", "conv_bias_grad"), need, strict=True) if k),
+        *(
+            n
+            for n, k in zip(("conv_input_grad", "conv_weight_grad", "conv_bias_grad"), need, strict=True)
+            if k
+        ),
     }
     assert set(convoxel.stats()) == kernels
 

@@ -26,3 +26,20 @@ def conv_bias_grad(
     dtype: int, geometry: Sequence[int], x: int, w: int, b: int, y: int, scratch: int, threads: int
 ) -> None: ...
 def conv_bias_grad_scratch(dtype: int, geometry: Sequence[int], threads: int) -> int: ...
+
+class ResampleGeometry:
+    def __init__(
+        self,
+        images: int,
+        inner: int,
+        mode: int,
+        align_corners: bool,
+        in_size: Sequence[int],
+        out_size: Sequence[int],
+        scale: Sequence[float],
+    ) -> None: ...
+
+def resample_scratch(dtype: int, geometry: ResampleGeometry, adjoint: bool, threads: int) -> int: ...
+def resample(
+    dtype: int, geometry: ResampleGeometry, adjoint: bool, src: int, dst: int, scratch: int, threads: int
+) -> None: ...

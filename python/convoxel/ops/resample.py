@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, runtime  # type: ignore[attr-defined]
+from .. import _C, runtime
 from ..geometry import is_channels_last, lift, memory_format
 from .conv import _lift, _lower, dense
 from .library import register, scratch
@@ -81,7 +81,7 @@ def _run(
         images, inner, mode, align_corners, list(small.shape[2:]), list(large.shape[2:]), list(scales)
     )
     dtype = runtime.DTYPES[x.dtype]
-    threads = torch.get_num_threads() if max(x.numel(), y.numel()) > SMALL else 1
+    threads = runtime.threads() if max(x.numel(), y.numel()) > SMALL else 1
     memory = scratch(_C.resample_scratch(dtype, geometry, adjoint, threads))
     with runtime.serve(op, "direct", lambda: f"{NAMES[mode]} {tuple(x.shape)} -> {tuple(size)}"):
         _C.resample(dtype, geometry, adjoint, x.data_ptr(), y.data_ptr(), memory.data_ptr(), threads)
