@@ -36,7 +36,8 @@ template <class A>
 inline void choose_tiles(Plan& p) {
   Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
   d->tile = h->tile = 1;
-  w->tile = ceil_div(w->count, ceil_div(ceil_div(w->count, kTileRows), 4));
+  int64_t parts = ceil_div(w->count, kTileRows);
+  w->tile = min(w->count, ceil_div(w->count, parts) * ceil_div(parts, ceil_div(parts, 4)));
   for (bool grown = true; grown;) {
     grown = false;
     for (Axis* a : {h, d}) {
@@ -46,7 +47,7 @@ inline void choose_tiles(Plan& p) {
       else --a->tile;
     }
   }
-  for (Axis& a : p.axis) a.tile = ceil_div(a.count, ceil_div(a.count, a.tile));
+  for (Axis* a : {h, d}) a->tile = ceil_div(a->count, ceil_div(a->count, a->tile));
 }
 
 inline void count_items(Plan& p, int64_t blocks) {
