@@ -16,7 +16,7 @@
 namespace convoxel {
 namespace {
 
-constexpr int kMaxTaps = 8;                 // of a row of W, for the shuffles: x4 linear, backward
+constexpr int kMaxTaps = 8;                  // of a row of W, for the shuffles: x4 linear, backward
 constexpr int64_t kStripBytes = 128 * 1024;  // a tile's part of one plane; about five of them are live
 constexpr int64_t kItemElements = 16 * 1024;
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # Interpolation ------------------------------------------------------------------------------------
 
 
-def _outside(mode, antialias):
+Extent = int | Sequence[int] | None
+Factor = float | Sequence[float] | None
+
+
+def _outside(mode: str, antialias: bool) -> str | None:
+    """Why an interpolation is torch's, or None."""
     if antialias:
         return "antialias=True"
     return f"mode {mode}" if mode in ("area", "bicubic", "lanczos") else None
@@ -111,40 +116,46 @@ def _outside(mode, antialias):
 
 @_served(1)
 def interpolate(
-    input,
-    size=None,
-    scale_factor=None,
-    mode="nearest",
-    align_corners=None,
-    recompute_scale_factor=None,
-    antialias=False,
-):
+    input: Tensor,
+    size: Extent = None,
+    scale_factor: Factor = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
     how = (size, scale_factor, mode, align_corners, recompute_scale_factor)
     if reason := _outside(mode, antialias):
         runtime.handed("interpolate", reason)
-        return _torch.interpolate(input, *how, antialias)
+        return _torch.interpolate(input, *how, antialias)  # type: ignore[arg-type]
     return _resample.resize(input, *how)
 
 
-def _deprecated(name):
+def _deprecated(name: str) -> None:
     warnings.warn(
         f"`nn.functional.{name}` is deprecated. Use `nn.functional.interpolate` instead.", stacklevel=3
     )
 
 
-def upsample(input, size=None, scale_factor=None, mode="nearest", align_corners=None):
+def upsample(
+    input: Tensor,
+    size: Extent = None,
+    scale_factor: Factor = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+) -> Tensor:
     """torch.nn.functional.upsample: the former name of `interpolate`."""
     _deprecated("upsample")
     return interpolate(input, size, scale_factor, mode, align_corners)
 
 
-def upsample_nearest(input, size=None, scale_factor=None):
+def upsample_nearest(input: Tensor, size: Extent = None, scale_factor: Factor = None) -> Tensor:
     """torch.nn.functional.upsample_nearest: `interpolate` with mode "nearest"."""
     _deprecated("upsample_nearest")
     return interpolate(input, size, scale_factor, mode="nearest")
 
 
-def upsample_bilinear(input, size=None, scale_factor=None):
+def upsample_bilinear(input: Tensor, size: Extent = None, scale_factor: Factor = None) -> Tensor:
     """torch.nn.functional.upsample_bilinear: `interpolate` with mode "bilinear" and align_corners=True."""
     _deprecated("upsample_bilinear")
     return interpolate(input, size, scale_factor, mode="bilinear", align_corners=True)
