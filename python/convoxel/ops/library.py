@@ -29,9 +29,9 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
-) -> OpOverload:
-    """Defines `torch.ops.convoxel.<name>` and returns its default overload (bound once: half the cost of a
-    look-up per call). Pointers are taken in `cpu` only: there tensors are always real."""
+) -> Callable[..., Any]:
+    """Defines `torch.ops.convoxel.<name>` and returns what calls it: its default overload, bound once (half the
+    cost of a look-up per call). Pointers are taken in `cpu` only: there tensors are always real."""
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
@@ -44,7 +44,36 @@ def register(
         torch.library.register_vmap(f"convoxel::{name}", vmap, lib=_library)
     _names.append(name)
     overload: OpOverload = getattr(torch.ops.convoxel, name).default
-    return overload
+    if backward is None or setup_context is None:
+        return overload
+    return _differentiable_under_functorch(overload, backward, setup_context)
+
+
+def _differentiable_under_functorch(
+    overload: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """torch.func.grad, jacrev and per-sample gradients refuse `register_autograd` formulas; the same formula as
+    an autograd.Function serves them, and is taken only inside their transforms."""
+    twin = type(
+        overload.name().replace("::", "_"),
+        (torch.autograd.Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(lambda *args: overload(*args)),
+            "setup_context": staticmethod(lambda ctx, inputs, output: setup_context(ctx, inputs, output)),
+            "backward": staticmethod(backward),
+        },
+    )
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is None or transform.key() != torch._C._functorch.TransformType.Grad:
+            return overload(*args)
+        return twin.apply(*args)
+
+    return call
 
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:
