@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .. import _C, runtime
 from ..geometry import (
@@ -30,7 +29,7 @@ from ..geometry import (
     lift,
     memory_format,
 )
-from .library import pointer, register, scratch
+from .library import Operator, pointer, register, scratch
 
 Ints = Sequence[int]
 
@@ -324,19 +323,19 @@ def _channel_sum_vmap(info: Any, in_dims: Any, y: Tensor) -> tuple[Tensor, int]:
 
 _HOW = "SymInt[3] stride, SymInt[3] padding, SymInt[3] dilation, SymInt groups"
 
-conv: OpOverload = register(
+conv: Operator = register(
     f"conv(Tensor x, Tensor w, Tensor? b, {_HOW}) -> Tensor",
     _conv_cpu, _conv_fake, _conv_backward, _conv_setup, _linear_vmap(lambda: conv),
 )  # fmt: skip
-conv_input_grad: OpOverload = register(
+conv_input_grad: Operator = register(
     f"conv_input_grad(Tensor dy, Tensor w, Tensor? b, {_HOW}, SymInt[3] size) -> Tensor",
     _input_grad_cpu, _input_grad_fake, _input_grad_backward, _input_grad_setup, _linear_vmap(lambda: conv_input_grad),
 )  # fmt: skip
-conv_weight_grad: OpOverload = register(
+conv_weight_grad: Operator = register(
     f"conv_weight_grad(Tensor x, Tensor dy, {_HOW}, SymInt[3] kernel) -> Tensor",
     _weight_grad_cpu, _weight_grad_fake, _weight_grad_backward, _weight_grad_setup, _weight_grad_vmap,
 )  # fmt: skip
-channel_sum: OpOverload = register(
+channel_sum: Operator = register(
     "channel_sum(Tensor y) -> Tensor",
     _channel_sum_cpu, _channel_sum_fake, _channel_sum_backward, _channel_sum_setup, _channel_sum_vmap,
 )  # fmt: skip

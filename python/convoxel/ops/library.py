@@ -14,6 +14,7 @@ from .. import runtime
 _library = torch.library.Library("convoxel", "FRAGMENT")
 _names: list[str] = []
 
+Operator = Callable[..., Any]
 NONE = 0  # the pointer of a tensor that is not there
 
 
@@ -29,7 +30,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+) -> Operator:
     """Defines `torch.ops.convoxel.<name>` and returns what calls it: its default overload, bound once (half the
     cost of a look-up per call). Pointers are taken in `cpu` only: there tensors are always real."""
     name = schema[: schema.index("(")]
@@ -51,10 +52,10 @@ def register(
 
 def _differentiable_under_functorch(
     overload: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> Callable[..., Any]:
+) -> Operator:
     """torch.func.grad, jacrev and per-sample gradients refuse `register_autograd` formulas; the same formula as
     an autograd.Function serves them, and is taken only inside their transforms."""
-    twin = type(
+    twin: Any = type(
         overload.name().replace("::", "_"),
         (torch.autograd.Function,),
         {
