@@ -18,33 +18,41 @@ struct Axis {
   int64_t lowest, highest;  // source offsets that any tap of any phase reaches at j = 0
   int64_t tile;             // j positions of a tile
   bool transposed;          // G
+  int64_t common, inverse;  // G: gcd(stride, dilation), inverse of dilation / common modulo stride / common
   ConvAxis conv;
 };
 
 struct Phase {
-  int64_t first, taps, start, w_first, slot;  // slot: taps of the phases before
+  int64_t first, taps, start, w_first;
 };
 
 inline int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
-inline Phase forward_phase(const ConvAxis& a) { return {0, a.kernel, -a.padding, 0, 0}; }
+// The x in [0, m) with a x = 1 modulo m, for a and m without common divisor (extended Euclid).
+inline int64_t inverse(int64_t a, int64_t m) {
+  int64_t x = 0, next = 1;
+  for (int64_t r = m, rest = a % m; rest;) {
+    int64_t q = r / rest, x2 = x - q * next, r2 = r - q * rest;
+    x = next, next = x2, r = rest, rest = r2;
+  }
+  return x < 0 ? x + m : x;
+}
+
+inline Phase forward_phase(const ConvAxis& a) { return {0, a.kernel, -a.padding, 0}; }
 
 // Outputs i = r + s j of G: taps k with (r + padding - k dilation) divisible by s, in falling order so
 // that the source rises. Packed weights are flipped: tap index kernel - 1 - k.
-inline Phase input_grad_phase(const ConvAxis& a, int64_t r) {
-  int64_t period = a.stride / gcd(a.stride, a.dilation), k = 0;
-  while (k < period && (r + a.padding - k * a.dilation) % a.stride != 0) ++k;
-  if (k >= period || k >= a.kernel) return {r, 0, 0, 0, 0};
+inline Phase input_grad_phase(const Axis& t, int64_t r) {
+  const ConvAxis& a = t.conv;
+  int64_t period = a.stride / t.common, at = r + a.padding;
+  if (at % t.common) return {r, 0, 0, 0};
+  int64_t k = int64_t(__int128(at / t.common % period) * t.inverse % period);
+  if (k >= a.kernel) return {r, 0, 0, 0};
   int64_t taps = ceil_div(a.kernel - k, period), last = k + (taps - 1) * period;
-  return {r, taps, (r + a.padding - last * a.dilation) / a.stride, a.kernel - 1 - last, 0};
+  return {r, taps, (at - last * a.dilation) / a.stride, a.kernel - 1 - last};
 }
 
-inline Phase phase(const Axis& a, int64_t i) {
-  if (!a.transposed) return forward_phase(a.conv);
-  Phase f = input_grad_phase(a.conv, i);
-  for (int64_t r = 0; r < i; ++r) f.slot += input_grad_phase(a.conv, r).taps;
-  return f;
-}
+inline Phase phase(const Axis& a, int64_t i) { return a.transposed ? input_grad_phase(a, i) : forward_phase(a.conv); }
 
 inline Axis make_axis(const ConvAxis& a, bool transposed) {
   Axis t{};
@@ -54,12 +62,12 @@ inline Axis make_axis(const ConvAxis& a, bool transposed) {
     t.count = a.out, t.lowest = -a.padding, t.highest = (a.kernel - 1) * a.dilation - a.padding;
     return t;
   }
-  int64_t g = gcd(a.stride, a.dilation);
+  int64_t g = t.common = gcd(a.stride, a.dilation);
   t.in = a.out, t.out = a.in, t.phases = min(a.stride, a.in), t.in_step = 1, t.in_tap = a.dilation / g;
-  t.w_tap = a.stride / g, t.count = ceil_div(a.in, a.stride);
+  t.w_tap = a.stride / g, t.inverse = inverse(t.in_tap, t.w_tap), t.count = ceil_div(a.in, a.stride);
   bool first = true;
   for (int64_t r = 0; r < t.phases; ++r) {
-    Phase f = input_grad_phase(a, r);
+    Phase f = input_grad_phase(t, r);
     if (!f.taps) continue;
     int64_t end = f.start + (f.taps - 1) * t.in_tap;
     t.lowest = first ? f.start : min(t.lowest, f.start);
@@ -102,19 +110,19 @@ inline TileAxis place_axis(const Axis& t, int64_t tile, PackedAxis& packed) {
     return s;
   }
   packed.extent = t.kernel * s.n;
-  s.out_step = 1, s.tap_step = s.n;
+  s.out_step = 1, s.tap_step = t.w_tap * s.n;  // tap by tap, as the packed weights have them
   for (int64_t i = 0; i < packed.extent; ++i) packed.index[i] = -1;
   for (int64_t r = 0; r < t.phases; ++r) {
     Phase f = phase(t, r);
     for (int64_t k = 0; k < f.taps; ++k)
       for (int64_t j = 0; j < s.n; ++j)
-        fill(packed, (f.slot + k) * s.n + j, (s.begin + j) * t.in_step + f.start + k * t.in_tap);
+        fill(packed, (f.w_first + k * t.w_tap) * s.n + j, (s.begin + j) * t.in_step + f.start + k * t.in_tap);
   }
   return s;
 }
 
 inline int64_t origin(const Axis& a, const TileAxis& s, const Phase& f) {
-  return s.dense ? f.start - a.lowest : f.slot * s.n;
+  return s.dense ? f.start - a.lowest : f.w_first * s.n;
 }
 
 // How many j of this tile lie inside the output, for this phase.

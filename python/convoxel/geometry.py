@@ -21,14 +21,17 @@ SPATIAL_NAMES = {1: "W", 2: "H, W", 3: "D, H, W"}
 def as_tuple(value: Any, rank: int, what: str, name: str) -> tuple[int, ...]:
     """`value` once for each of `rank` axes: 3 -> (3, 3, 3); (1, 2, 2) stays.
 
-    Raises TypeError for anything but integers, RuntimeError (as torch does) for a wrong count.
+    Raises TypeError for anything but integers, ValueError beyond 64 bits, RuntimeError for a wrong count, all as
+    torch does.
     """
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return (value,) * rank  # type: ignore[return-value]
+        value = (value,) * rank
     if not isinstance(value, (tuple, list, torch.Size)) or not all(
         isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value
     ):
         raise TypeError(f"{what}: {name} must be an int or a tuple of {rank} ints, got {value!r}")
+    if any(isinstance(v, int) and abs(v) >= 2**63 for v in value):
+        raise ValueError(f"{what}: {name} must fit in 64 bits, got {value!r}")
     if len(value) == 1:
         return tuple(value) * rank
     if len(value) != rank:

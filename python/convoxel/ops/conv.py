@@ -33,6 +33,8 @@ from .library import Operator, pointer, register, scratch
 
 Ints = Sequence[int]
 
+LARGEST = 2**40  # voxels of a padded axis: far beyond memory, and sums of several stay within 64 bits
+
 # Checks and geometry ------------------------------------------------------------------------------
 
 
@@ -62,6 +64,10 @@ def check(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b: Tensor
         raise RuntimeError(f"{op}: expected bias of shape ({b_size},), received {tuple(b.shape)}")
     if min(w_shape[2:]) < 1:
         raise RuntimeError(f"{op}: kernel extents must be positive, received weight {tuple(w_shape)}")
+    padded = [n + 2 * p for n, p in zip(x_shape[2:], padding, strict=True)]
+    if any(isinstance(n, int) and n >= LARGEST for n in padded):  # symbolic sizes: once they are known
+        raise RuntimeError(f"{op}: expected padded extents below 2^40 voxels, received padding {tuple(padding)}; "
+                           f"{shapes}; cut x into pieces")  # fmt: skip
     axes = zip(x_shape[2:], w_shape[2:], stride, padding, dilation, strict=True)
     out = tuple(conv_out_size(*a) for a in axes)
     if min(out) < 1:
@@ -89,17 +95,12 @@ def check_dtypes(op: str, *tensors: Tensor | None) -> None:
 
 def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
             groups: int, x_last: bool, y_last: bool) -> list[int]:  # fmt: skip
-    """The geometry as csrc/bind.cpp reads it."""
+    """The geometry as csrc/bind.cpp reads it. A stride beyond the padded extent makes one output like any other
+    such stride, a dilation of one tap does nothing: without them no sum in csrc exceeds 64 bits."""
     flat = [x_shape[0], x_shape[1], w_shape[0], groups]
-    for axis in range(3):
-        flat += [
-            x_shape[2 + axis],
-            y_shape[2 + axis],
-            w_shape[2 + axis],
-            stride[axis],
-            padding[axis],
-            dilation[axis],
-        ]
+    for axes in zip(x_shape[2:], y_shape[2:], w_shape[2:], stride, padding, dilation, strict=True):
+        n, out, k, s, p, d = axes
+        flat += [n, out, k, min(s, n + 2 * p), p, d if k > 1 else 1]
     return [*flat, int(x_last), int(y_last)]
 
 
@@ -391,6 +392,7 @@ def convolution(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, 
     """torch.nn.functional.conv{rank}d. x (N, C, *spatial) or (C, *spatial), w (K, C / groups, *kernel), b (K)."""
     name = f"conv{rank}d"
     x, batched = _batched(name, rank, x, w)
+    (groups,) = as_tuple((groups,), 1, name, "groups")
     stride, dilation = (as_tuple(v, rank, name, n) for v, n in ((stride, "stride"), (dilation, "dilation")))
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -410,6 +412,7 @@ def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: An
     input gradient of the convolution that has these weights."""
     name = f"conv_transpose{rank}d"
     x, batched = _batched(name, rank, x, w)
+    (groups,) = as_tuple((groups,), 1, name, "groups")
     values = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
     s, p, o, d = (as_tuple(v, rank, name, n) for n, v in values.items())
     if any(a >= max(b, c) for a, b, c in zip(o, s, d, strict=True)) or min(o) < 0:
