@@ -104,20 +104,22 @@ def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: 
     return [*flat, int(x_last), int(y_last)]
 
 
-def problem(geometry: list[int], dtype: torch.dtype) -> str:
-    """The call as a Problem string, for CONVOXEL_VERBOSE."""
+def problem(geometry: list[int], dtype: torch.dtype, bias: bool) -> str:
+    """The call as a Problem string, for CONVOXEL_VERBOSE: of a gradient, the convolution that it belongs to."""
     axes = [geometry[4 + 6 * a : 10 + 6 * a] for a in range(3)]
     i, _, f, s, p, d = (tuple(a[j] for a in axes) for j in range(6))
     name = next(k for k, v in Problem.DTYPES.items() if v == dtype)
     return str(Problem("conv", geometry[0], geometry[1], geometry[2], i, f, s, p, d, g=geometry[3],
-                       bias=False, last=bool(geometry[22]), dtype=name))  # fmt: skip
+                       bias=bias, last=bool(geometry[22]), dtype=name))  # fmt: skip
 
 
 def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> None:
     """One kernel over tensors that are dense in the layouts that the geometry states."""
     dtype, threads = runtime.DTYPES[x.dtype], runtime.threads()
     memory = scratch(getattr(_C, op + "_scratch")(dtype, geometry, threads))
-    with runtime.serve(op.removesuffix("_forward"), "direct", lambda: problem(geometry, x.dtype)):
+    with runtime.serve(
+        op.removesuffix("_forward"), "direct", lambda: problem(geometry, x.dtype, b is not None)
+    ):
         getattr(_C, op)(
             dtype, geometry, pointer(x), pointer(w), pointer(b), pointer(y), memory.data_ptr(), threads
         )

@@ -111,4 +111,4 @@ def pointer(t: torch.Tensor | None) -> int:
 
 def scratch(size: int) -> torch.Tensor:
     """`size` bytes that a kernel may write to; never read before written."""
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
