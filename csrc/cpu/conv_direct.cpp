@@ -7,7 +7,7 @@
 //
 // An item of work is (image, group, tile of the output, some blocks of output channels):
 //   for each block of input channels: pack the window; for each block of output channels, phase, row:
-//   register tiles. Chains of sums are short (kPassProducts) and are then added up in order.
+//   passes of a few taps whose weights stay in L1 while a row of register tiles goes by.
 #include <type_traits>
 
 #include "conv_tile.h"
@@ -165,23 +165,28 @@ void run_phase(const Item<A>& it, const Phase* f, const A* panel, const A* bias,
   }
   g.channels = it.channels;
   if (g.x_tap[kW] == it.channels && p.axis[kW].w_tap == 1) g.channels *= g.taps[kW], g.taps[kW] = g.taps[kW] > 0;
-  g.depth = max<int64_t>(1, kPassProducts / max<int64_t>(1, g.taps[kH] * g.taps[kW] * g.channels));
-  if (g.taps[kD] * g.taps[kH] * g.taps[kW] == 0) g.taps[kD] = 1, g.taps[kH] = 0;  // only the bias
   g.x_row = it.tile[kW].out_step * x_axis[kW];
   g.y_row = y_step[kW];
-  g.bias = bias;
   g.tail = tail;
-  int64_t parts = ceil_div(n[kW], kTileRows);
+  int64_t planes = g.taps[kD] * g.taps[kH] * (g.taps[kW] > 0);  // 0: only the bias
+  int64_t pass = max<int64_t>(1, kPassProducts / max<int64_t>(1, g.taps[kW] * g.channels));
+  int64_t parts = ceil_div(n[kW], kTileRows), rows = max<int64_t>(1, kPassPixels / max<int64_t>(1, n[kW]));
   for (int64_t d = 0; d < n[kD]; ++d)
-    for (int64_t h = 0; h < n[kH]; ++h) {
-      const A* row = x + d * it.tile[kD].out_step * x_axis[kD] + h * it.tile[kH].out_step * x_axis[kH];
-      A* y = out + d * y_step[kD] + h * y_step[kH];
-      for (int64_t i = 0; i < parts; ++i) {
-        Range r = piece(n[kW], parts, i);
-        with_rows(r.end - r.begin,
-                  [&](auto T) { correlate_tile<A, T(), V>(g, row + r.begin * g.x_row, panel, y + r.begin * g.y_row); });
+    for (int64_t first = 0; first < n[kH]; first += rows)
+      for (g.begin = 0; g.begin == 0 || g.begin < planes; g.begin += pass) {
+        g.end = min(g.begin + pass, planes);
+        g.bias = g.begin == 0 ? bias : nullptr;
+        for (int64_t h = first; h < min(first + rows, n[kH]); ++h) {
+          const A* row = x + d * it.tile[kD].out_step * x_axis[kD] + h * it.tile[kH].out_step * x_axis[kH];
+          A* y = out + d * y_step[kD] + h * y_step[kH];
+          for (int64_t i = 0; i < parts; ++i) {
+            Range r = piece(n[kW], parts, i);
+            with_rows(r.end - r.begin, [&](auto T) {
+              correlate_tile<A, T(), V>(g, row + r.begin * g.x_row, panel, y + r.begin * g.y_row);
+            });
+          }
+        }
       }
-    }
 }
 
 template <class A>

@@ -9,7 +9,9 @@ namespace convoxel {
 namespace {
 
 constexpr int64_t kTileBytes = 512 * 1024;  // of packed x: half of a Zen 4 L2, the rest is weights
-constexpr int64_t kPassProducts = 384;      // products of one chain of sums: 3e-7 of error, half of what C6 allows
+constexpr int64_t kPassProducts = 144;      // of one chain of sums: short for accuracy, 18 KB of weights for L1
+constexpr int64_t kPassPixels = 112;        // that a pass goes over: a few register tiles
+constexpr int64_t kBlockProducts = 384;     // of a block of input channels with the taps of the H, W plane
 constexpr int64_t kMinItems = 64;           // cut work at least this fine, for machines of 32 threads
 
 // Steps, in elements, of a tensor [N, C, D, H, W] in either layout.
@@ -87,7 +89,7 @@ inline void pack_window(const View<S>& x, int64_t n, int64_t c, const PackedAxis
 
 // Input channels of a block: a chain of sums is one block times the taps of the H, W plane.
 inline int64_t channel_block(int64_t channels, int64_t plane_taps) {
-  int64_t most = max<int64_t>(16, kPassProducts / plane_taps);
+  int64_t most = max<int64_t>(16, kBlockProducts / plane_taps);
   return ceil_div(channels, ceil_div(channels, most));
 }
 

@@ -14,7 +14,8 @@
 namespace convoxel {
 namespace {
 
-constexpr int64_t kPassPixels = 160;  // of one register pass: dy and x of it stay in L1, and the chain of sums is short
+constexpr int64_t kSumPixelsPerPass =
+    160;  // of one register pass: dy and x of it stay in L1, and the chain of sums is short
 constexpr int64_t kPanelBytes = 64 * 1024 * 1024;  // all pieces' panels together
 
 struct Plan {
@@ -36,7 +37,7 @@ inline void choose_tiles(Plan& p) {
   for (Axis& a : p.axis) a.tile = 1;
   for (int i = kW; i >= kD; --i) {
     Axis& a = p.axis[i];
-    int64_t limit = i == kD ? a.out : min(a.out, max<int64_t>(1, kPassPixels / (i == kH ? p.axis[kW].tile : 1)));
+    int64_t limit = i == kD ? a.out : min(a.out, max<int64_t>(1, kSumPixelsPerPass / (i == kH ? p.axis[kW].tile : 1)));
     while (a.tile < limit) {
       ++a.tile;
       if (window_elements(p) * int64_t(sizeof(A)) <= kTileBytes) continue;

@@ -6,7 +6,8 @@
 namespace convoxel {
 namespace {
 
-// y[row][k] (+)= sum over taps (d, h, w) and channels c of x[row + tap][c] * w[tap][c][k].
+// y[row][k] (+)= sum over taps (d, h, w) and channels c of x[row + tap][c] * w[tap][c][k], for the taps
+// (d, h) of one pass, numbered d * taps[1] + h.
 template <class A>
 struct CorrelateTile {
   int64_t taps[3];   // D, H, W; where W taps are adjacent in x and w they are merged into `channels`
@@ -15,9 +16,9 @@ struct CorrelateTile {
   int64_t w_tap[3];  // step of w per tap; w is [tap, c, V * lanes]
   int64_t x_row;     // step of x from one output pixel to the next
   int64_t y_row;
-  int64_t depth;  // taps along D of one pass; every pass sums from zero and is then added to y
-  const A* bias;  // [V * lanes], what the first pass is added to; nullptr: y
-  int tail;       // lanes in use of the last vector
+  int tail;            // lanes in use of the last vector
+  int64_t begin, end;  // taps (d, h) of this pass; every pass sums from zero and is then added to y
+  const A* bias;       // [V * lanes], what the first pass is added to; nullptr: y
 };
 
 template <class A, int V>
@@ -53,25 +54,23 @@ inline void accumulate_tap(const A* x, int64_t x_row, const A* w, int64_t channe
   }
 }
 
-// One chain of a thousand sums would cost 6 eps; passes of a few hundred, added up, cost 3 (and 1 % of time).
+// Short passes added up: one chain of a thousand sums would cost 6 eps.
 template <class A, int T, int V>
 __attribute__((noinline)) void correlate_tile(const CorrelateTile<A>& g, const A* x, const A* w, A* y) {
-  const A* bias = g.bias;
-  for (int64_t begin = 0; begin < g.taps[0]; begin += g.depth, bias = nullptr) {
-    Vec<A> acc[T][V];
+  Vec<A> acc[T][V];
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) acc[t][v] = Vec<A>{};
-    for (int64_t d = begin; d < min(begin + g.depth, g.taps[0]); ++d)
-      for (int64_t h = 0; h < g.taps[1]; ++h)
-        for (int64_t q = 0; q < g.taps[2]; ++q)
-          accumulate_tap<A, T, V>(x + d * g.x_tap[0] + h * g.x_tap[1] + q * g.x_tap[2], g.x_row,
-                                  w + d * g.w_tap[0] + h * g.w_tap[1] + q * g.w_tap[2], g.channels, acc);
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < V; ++v) acc[t][v] = Vec<A>{};
+  for (int64_t tap = g.begin; tap < g.end; ++tap) {
+    int64_t d = tap / g.taps[1], h = tap % g.taps[1];
+    for (int64_t q = 0; q < g.taps[2]; ++q)
+      accumulate_tap<A, T, V>(x + d * g.x_tap[0] + h * g.x_tap[1] + q * g.x_tap[2], g.x_row,
+                              w + d * g.w_tap[0] + h * g.w_tap[1] + q * g.w_tap[2], g.channels, acc);
+  }
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
-      A* row = y + t * g.y_row;
-      add_row<A, V>(bias ? bias : row, bias != nullptr, row, g.tail, acc[t]);
-    }
+  for (int t = 0; t < T; ++t) {
+    A* row = y + t * g.y_row;
+    add_row<A, V>(g.bias ? g.bias : row, g.bias != nullptr, row, g.tail, acc[t]);
   }
 }
 
