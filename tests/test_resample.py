@@ -225,6 +225,8 @@ def test_vmap_and_compile(mode: str) -> None:
     def loss(x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=(1.5, 2, 1), mode=mode).square().sum()
 
+    gradients = torch.func.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(gradients, torch.stack([torch.func.grad(loss)(t) for t in x]))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for t in (x[0], torch.randn(1, 4, 5, 6, 7)):
         results = []
