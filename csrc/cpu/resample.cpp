@@ -17,7 +17,7 @@ namespace convoxel {
 namespace {
 
 constexpr int kMaxTaps = 8;                  // of a row of W, for the shuffles: x4 linear, backward
-constexpr int64_t kStripBytes = 128 * 1024;  // a tile's part of one plane; about five of them are live
+constexpr int64_t kStripBytes = 256 * 1024;  // a tile's part of one plane; about five of them are live
 constexpr int64_t kItemElements = 16 * 1024;
 
 // torch's source index of output voxel o. "vectorized" is what torch's channels-last and small 2-D
@@ -79,6 +79,12 @@ struct Row {
   const int64_t* offset;  // source index times the axis' step
   const A* weight;
 };
+
+// Whether both are the same one voxel: nearest repeats rows and planes, and copying is faster.
+template <class A>
+inline bool same(const Row<A>& a, const Row<A>& b) {
+  return a.count == 1 && b.count == 1 && a.offset[0] == b.offset[0] && a.weight[0] == b.weight[0];
+}
 
 template <class A>
 struct Table {
@@ -143,8 +149,14 @@ inline void combine(const S* src, const Row<A>& p, const Row<A>& q, R* dst, int6
   constexpr int L = kLanes<A>;
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) combine_block<4>(src + i, p, q, dst + i, L);
+  for (; i + 2 * L <= n; i += 2 * L) combine_block<2>(src + i, p, q, dst + i, L);
   for (; i + L <= n; i += L) combine_block<1>(src + i, p, q, dst + i, L);
   if (i < n) combine_block<1>(src + i, p, q, dst + i, int(n - i));
+}
+
+template <class S>
+inline void copy(const S* src, S* dst, int64_t n) {
+  __builtin_memcpy(dst, src, size_t(n) * sizeof(S));
 }
 
 // W along the row: for each vector of the output and each tap, where in the row its lanes come from.
@@ -240,15 +252,6 @@ inline void scalar_row(const Table<A>& w, const A* row, S* dst, int64_t inner) {
   }
 }
 
-template <class S, class A>
-inline void resample_row(const Table<A>& w, const Gathers<A>& gathers, const A* row, S* dst, int64_t inner) {
-  const int64_t none = 0;
-  const A one = 1;
-  if (gathers.taps) return gather_row(gathers, row, dst, w.rows * inner);
-  if (inner < kLanes<A>) return scalar_row(w, row, dst, inner);
-  for (int64_t i = 0; i < w.rows; ++i) combine(row, w.row(i), Row<A>{1, &none, &one}, dst + i * inner, inner);
-}
-
 struct Extents {  // of one image
   int64_t axis[kAxes], row, image;
 };
@@ -259,6 +262,26 @@ inline Extents extents(const ResampleGeometry& g, bool output) {
   e.row = e.axis[kW] * g.inner;
   e.image = e.axis[kD] * e.axis[kH] * e.row;
   return e;
+}
+
+// One output row. Along channels, a row that has one source row needs no blending and no copy of it.
+template <class S, class A>
+inline void resample_row(const S* src, const Row<A>& d, const Row<A>& h, const Table<A>& w, const Gathers<A>& gathers,
+                         const Extents& from, A* row, S* dst, int64_t inner) {
+  if (inner < kLanes<A>) {
+    combine(src, d, h, row, from.row);
+    if (gathers.taps) gather_row(gathers, row, dst, w.rows * inner);
+    else scalar_row(w, row, dst, inner);
+  } else if (d.count * h.count == 1) {
+    const A weight = d.weight[0] * h.weight[0];
+    const int64_t offset = d.offset[0] + h.offset[0];
+    for (int64_t i = 0; i < w.rows; ++i) combine(src, w.row(i), Row<A>{1, &offset, &weight}, dst + i * inner, inner);
+  } else {
+    const A weight = 1;
+    const int64_t offset = 0;
+    combine(src, d, h, row, from.row);
+    for (int64_t i = 0; i < w.rows; ++i) combine(row, w.row(i), Row<A>{1, &offset, &weight}, dst + i * inner, inner);
+  }
 }
 
 template <class A>
@@ -288,12 +311,19 @@ void resample(const ResampleCall& call) {
   parallel_for(call.threads, ceil_div(g.images, images) * strips, [&](int64_t item, int thread) {
     A* row = reinterpret_cast<A*>(scratch + thread * row_bytes);
     int64_t m = item / strips * images, begin = item % strips * height;
+    int64_t rows = min(height, h.rows - begin);
     for (int64_t end = min(g.images, m + images); m < end; ++m)
-      for (int64_t i = 0; i < d.rows; ++i)
-        for (int64_t j = begin; j < min(begin + height, h.rows); ++j) {
-          combine(src + m * from.image, d.row(i), h.row(j), row, from.row);
-          resample_row(w, gathers, row, dst + m * to.image + (i * h.rows + j) * to.row, g.inner);
+      for (int64_t i = 0; i < d.rows; ++i) {
+        S* to_row = dst + m * to.image + (i * h.rows + begin) * to.row;
+        if (i > 0 && same(d.row(i), d.row(i - 1))) {
+          copy(to_row - h.rows * to.row, to_row, rows * to.row);
+          continue;
         }
+        for (int64_t j = begin; j < begin + rows; ++j, to_row += to.row) {
+          if (j > begin && same(h.row(j), h.row(j - 1))) copy(to_row - to.row, to_row, to.row);
+          else resample_row(src + m * from.image, d.row(i), h.row(j), w, gathers, from, row, to_row, g.inner);
+        }
+      }
   });
 }
 
