@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import convoxel
-from convoxel import batches, callbacks, checkpoint, losses, models, nn, progress
+from convoxel import callbacks, checkpoint, losses, models, nn
 from convoxel.callbacks import Callback, ModelCheckpoint
+from convoxel.model import batches, progress
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     "module",
-    [convoxel.model, batches, callbacks, checkpoint, progress, convoxel.summary],
+    [convoxel.model, batches, callbacks, checkpoint, progress, convoxel.model.summary],
     ids=lambda m: m.__name__,
 )
 def test_the_examples_in_the_docstrings(module, tmp_path, monkeypatch):

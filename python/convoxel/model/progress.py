@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .metrics import Metric
+from ..metrics import Metric
 
 Values = Mapping[str, float]
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from . import checkpoint, losses, models
+from .. import checkpoint, losses, models
+from ..callbacks import Callback, History
+from ..metrics import Metric
+from ..metrics import get as get_metrics
 from .batches import Array, Data, batches, inputs_only, pair
-from .callbacks import Callback, History
-from .metrics import Metric
-from .metrics import get as get_metrics
 from .progress import Bar, Means, text
 from .summary import summary
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import checkpoint, models
+from .. import checkpoint, models
 from .trainer import Trainer
 
 
