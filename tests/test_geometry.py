@@ -64,9 +64,7 @@ def test_out_sizes_against_torch() -> None:
                 )
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 4, 5), (2, 1, 4, 5), (1, 1, 1, 1), (2, 3, 1, 1), (1, 4, 5, 6, 7), (2, 3, 0, 5)]
-)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (1, 1, 1, 1), (1, 4, 5, 6, 7), (2, 3, 0, 5)])
 @pytest.mark.parametrize("last", [False, True])
 def test_layout_rule_is_torchs(shape: tuple[int, ...], last: bool) -> None:
     from torch._prims_common import suggest_memory_format
