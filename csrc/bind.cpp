@@ -73,6 +73,58 @@ void bind_resample(py::module_& m) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+// (N, C, P, groups, over_batch, fixed, last)
+NormCall norm_call(const std::array<int64_t, 7>& n, double eps, int threads) {
+  NormCall c{};
+  c.N = n[0], c.C = n[1], c.P = n[2], c.groups = n[3];
+  c.over_batch = n[4], c.fixed = n[5], c.last = n[6], c.eps = eps, c.threads = threads;
+  return c;
+}
+
+void bind_norm(py::module_& m) {
+  typedef std::array<int64_t, 7> Numbers;
+  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+  m.def("norm_scratch", [](int dtype, const Numbers& numbers, int threads) {
+    return active_isa().norm[dtype].scratch(norm_call(numbers, 0, threads));
+  });
+  m.def(
+      "norm",
+      [at](int dtype, const Numbers& numbers, double eps, Pointer x, Pointer w, Pointer b, Pointer y, Pointer mean,
+           Pointer var, Pointer scratch, int threads) {
+        NormCall c = norm_call(numbers, eps, threads);
+        c.x = at(x), c.w = at(w), c.b = at(b), c.y = at(y), c.scratch = at(scratch);
+        c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
+        active_isa().norm[dtype].forward(c);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "norm_backward",
+      [at](int dtype, const Numbers& numbers, double eps, Pointer dy, Pointer x, Pointer w, Pointer mean, Pointer var,
+           Pointer dx, Pointer dw, Pointer db, Pointer scratch, int threads) {
+        NormCall c = norm_call(numbers, eps, threads);
+        c.dy = at(dy), c.x = at(x), c.w = at(w), c.dx = at(dx), c.dw = at(dw), c.db = at(db), c.scratch = at(scratch);
+        c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
+        active_isa().norm[dtype].backward(c);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_activation(py::module_& m) {
+  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+  m.def(
+      "activation",
+      [at](int dtype, int64_t n, bool relu, double slope, Pointer x, Pointer y, int threads) {
+        active_isa().activation[dtype].forward({n, relu, slope, at(x), nullptr, at(y), threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "activation_backward",
+      [at](int dtype, int64_t n, bool relu, double slope, Pointer dy, Pointer x, Pointer dx, int threads) {
+        active_isa().activation[dtype].backward({n, relu, slope, at(x), at(dy), at(dx), threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -100,6 +152,8 @@ PYBIND11_MODULE(_C, m) {
   bind_conv(
       m, "conv_bias_grad", [](const Kernels& k, int t) { return k.conv_weight_grad[t].bias_grad; },
       [](const Kernels& k, int t) { return k.conv_weight_grad[t].bias_grad_scratch; });
+  bind_norm(m);
+  bind_activation(m);
   bind_resample(m);
 }
 

@@ -32,6 +32,43 @@ struct ConvWeightGrad {
   ConvScratch weight_grad_scratch, bias_grad_scratch;
 };
 
+// y = (x - mean) / sqrt(var + eps) * w + b over x [N, C, P]; C / groups channels of an image (of all images:
+// over_batch) share a mean. w, b, dw, db [C] are of the compute type; mean and var [groups], of each image
+// unless over_batch, are written by forward unless fixed. nullptr: no such tensor.
+struct NormCall {
+  int64_t N, C, P, groups;
+  bool over_batch, fixed, last;  // last: stored as [N, P, C]
+  double eps;
+  const void *x, *w, *b;
+  void* y;
+  double *mean, *var;
+  const void* dy;
+  void *dx, *dw, *db;
+  void* scratch;
+  int threads;
+};
+
+struct Norm {
+  void (*forward)(const NormCall&);
+  void (*backward)(const NormCall&);
+  int64_t (*scratch)(const NormCall&);  // bytes, for both
+};
+
+// n adjacent elements; x is the output where relu's gradient is asked. y: or dx.
+struct ActivationCall {
+  int64_t n;
+  bool relu;
+  double slope;
+  const void *x, *dy;
+  void* y;
+  int threads;
+};
+
+struct Activation {
+  void (*forward)(const ActivationCall&);
+  void (*backward)(const ActivationCall&);
+};
+
 // Interpolation of x [images, D, H, W, inner]: contiguous tensors have N C images, channels-last ones inner C.
 enum ResampleMode : int {  // ops/resample.py numbers them too
   kNearest = 0,
@@ -72,6 +109,8 @@ struct Kernels {
   const char* isa;
   const ConvDirect* conv_direct;  // [kDTypes], as all that follow
   const ConvWeightGrad* conv_weight_grad;
+  const Norm* norm;
+  const Activation* activation;
   const Resample* resample;
   // Does `rounds` rounds of independent fused multiply-adds on each thread; returns the flops done.
   double (*fma_peak)(int64_t rounds, int threads);

@@ -30,7 +30,7 @@ constexpr char isa[] = CONVOXEL_STRING(CONVOXEL_ISA);
 }  // namespace
 
 namespace CONVOXEL_ISA {
-extern const Kernels kernels = {isa, conv_direct, conv_weight_grad, resample, fma_peak};
+extern const Kernels kernels = {isa, conv_direct, conv_weight_grad, norm, activation, resample, fma_peak};
 }
 
 }  // namespace convoxel

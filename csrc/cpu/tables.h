@@ -6,6 +6,8 @@ namespace convoxel {
 namespace CONVOXEL_ISA {
 extern const ConvDirect conv_direct[kDTypes];
 extern const ConvWeightGrad conv_weight_grad[kDTypes];
+extern const Norm norm[kDTypes];
+extern const Activation activation[kDTypes];
 extern const Resample resample[kDTypes];
 }  // namespace CONVOXEL_ISA
 }  // namespace convoxel

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn.functional import *  # noqa: F403
 
 from . import runtime
+from .ops import activation as _activation
 from .ops import conv as _conv
+from .ops import norm as _norm
 from .ops import resample as _resample
 from .ops.library import autocast, why_not
 
@@ -159,3 +161,47 @@ def upsample_bilinear(input: Tensor, size: Extent = None, scale_factor: Factor =
     """torch.nn.functional.upsample_bilinear: `interpolate` with mode "bilinear" and align_corners=True."""
     _deprecated("upsample_bilinear")
     return interpolate(input, size, scale_factor, mode="bilinear", align_corners=True)
+
+
+# Norms and activations ----------------------------------------------------------------------------
+
+
+@_served(5)
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    return _norm.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@_served(5)
+def instance_norm(
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
+    return _norm.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+@_served(4)
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    return _norm.group_norm(input, num_groups, weight, bias, eps)
+
+
+@_served(4)
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return _norm.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+@_served(1)
+def relu(input, inplace=False):
+    return _activation.activation(input, None, inplace)
+
+
+@_served(1)
+def leaky_relu(input, negative_slope=0.01, inplace=False):
+    return _activation.activation(input, negative_slope, inplace)

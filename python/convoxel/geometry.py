@@ -88,8 +88,10 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
-def memory_format(last: bool) -> torch.memory_format:
-    return torch.channels_last_3d if last else torch.contiguous_format
+def memory_format(last: bool, rank: int = 5) -> torch.memory_format:
+    if not last:
+        return torch.contiguous_format
+    return torch.channels_last_3d if rank == 5 else torch.channels_last
 
 
 OPS = ("conv", "conv_transpose")

@@ -138,3 +138,106 @@ class UpsamplingNearest2d(_nn.UpsamplingNearest2d, Upsample):
 
 class UpsamplingBilinear2d(_nn.UpsamplingBilinear2d, Upsample):
     pass
+
+
+# Norms and activations ----------------------------------------------------------------------------
+
+
+class _BatchNorm(_nn.modules.batchnorm._BatchNorm):
+    """torch's bookkeeping, our arithmetic."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean of all batches so far
+                momentum = 1.0 / float(self.num_batches_tracked)
+        tracked = self.track_running_stats or not self.training
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        return F.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+
+
+class BatchNorm1d(_BatchNorm, _nn.BatchNorm1d):
+    pass
+
+
+class BatchNorm2d(_BatchNorm, _nn.BatchNorm2d):
+    pass
+
+
+class BatchNorm3d(_BatchNorm, _nn.BatchNorm3d):
+    pass
+
+
+class _InstanceNorm(_nn.modules.instancenorm._InstanceNorm):
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        use_input_stats = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return F.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            use_input_stats,
+            momentum,
+            self.eps,
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, _nn.InstanceNorm1d):
+    pass
+
+
+class InstanceNorm2d(_InstanceNorm, _nn.InstanceNorm2d):
+    pass
+
+
+class InstanceNorm3d(_InstanceNorm, _nn.InstanceNorm3d):
+    pass
+
+
+class LazyBatchNorm1d(_nn.LazyBatchNorm1d, BatchNorm1d):
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_nn.LazyBatchNorm2d, BatchNorm2d):
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_nn.LazyBatchNorm3d, BatchNorm3d):
+    cls_to_become = BatchNorm3d
+
+
+class LazyInstanceNorm1d(_nn.LazyInstanceNorm1d, InstanceNorm1d):
+    cls_to_become = InstanceNorm1d
+
+
+class LazyInstanceNorm2d(_nn.LazyInstanceNorm2d, InstanceNorm2d):
+    cls_to_become = InstanceNorm2d
+
+
+class LazyInstanceNorm3d(_nn.LazyInstanceNorm3d, InstanceNorm3d):
+    cls_to_become = InstanceNorm3d
+
+
+class GroupNorm(_nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(_nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class ReLU(_nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(input, self.inplace)
+
+
+class LeakyReLU(_nn.LeakyReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(input, self.negative_slope, self.inplace)

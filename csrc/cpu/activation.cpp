@@ -1,0 +1,85 @@
+// relu and leaky relu, elementwise over adjacent elements, and the gradient of both.
+#include "simd.h"
+#include "tables.h"
+
+namespace convoxel {
+namespace {
+
+constexpr int64_t kItem = 64 * 1024;  // elements
+
+// Calls f(first, n) for every vector; n lanes count.
+template <class A, class F>
+void each_vector(int64_t n, int threads, const F& f) {
+  constexpr int L = kLanes<A>;
+  parallel_for(threads, ceil_div(n, kItem), [&](int64_t item, int) {
+    int64_t i = item * kItem, end = min(n, i + kItem);
+    for (; i + L <= end; i += L) f(i, std::integral_constant<int, L>());
+    if (i < end) f(i, int(end - i));
+  });
+}
+
+template <class S>
+inline Vec<Compute<S>> read(const S* p, std::integral_constant<int, kLanes<Compute<S>>>) {
+  return load(p);
+}
+template <class S>
+inline Vec<Compute<S>> read(const S* p, int n) {
+  return load(p, n);
+}
+template <class S>
+inline void write(S* p, Vec<Compute<S>> v, std::integral_constant<int, kLanes<Compute<S>>>) {
+  store(p, v);
+}
+template <class S>
+inline void write(S* p, Vec<Compute<S>> v, int n) {
+  store(p, v, n);
+}
+
+// y = x > 0 ? x : x * slope. relu: y = x > 0 ? x : 0, and NaN stays NaN.
+template <class S>
+void forward(const ActivationCall& call) {
+  typedef Compute<S> A;
+  const S* x = static_cast<const S*>(call.x);
+  S* y = static_cast<S*>(call.y);
+  Vec<A> slope = broadcast(A(call.slope)), zero{};
+  if (call.relu)
+    each_vector<A>(call.n, call.threads, [&](int64_t i, auto n) {
+      Vec<A> v = read(x + i, n);
+      write(y + i, v <= zero ? zero : v, n);
+    });
+  else
+    each_vector<A>(call.n, call.threads, [&](int64_t i, auto n) {
+      Vec<A> v = read(x + i, n);
+      write(y + i, v > zero ? v : v * slope, n);
+    });
+}
+
+// dx = x > 0 ? dy : dy * slope. relu: dx = x <= 0 ? 0 : dy, x being its output.
+template <class S>
+void backward(const ActivationCall& call) {
+  typedef Compute<S> A;
+  const S *x = static_cast<const S*>(call.x), *dy = static_cast<const S*>(call.dy);
+  S* dx = static_cast<S*>(call.y);
+  Vec<A> slope = broadcast(A(call.slope)), zero{};
+  if (call.relu)
+    each_vector<A>(call.n, call.threads,
+                   [&](int64_t i, auto n) { write(dx + i, read(x + i, n) <= zero ? zero : read(dy + i, n), n); });
+  else
+    each_vector<A>(call.n, call.threads, [&](int64_t i, auto n) {
+      Vec<A> g = read(dy + i, n);
+      write(dx + i, read(x + i, n) > zero ? g : g * slope, n);
+    });
+}
+
+template <class S>
+constexpr Activation entries() {
+  return {forward<S>, backward<S>};
+}
+
+}  // namespace
+
+namespace CONVOXEL_ISA {
+extern const Activation activation[kDTypes] = {entries<float>(), entries<bfloat16>(), entries<double>()};
+}
+
+}  // namespace convoxel
