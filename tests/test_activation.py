@@ -169,6 +169,8 @@ def test_vmap(name: str) -> None:
     x, dy = torch.randn(4, 3, 5), torch.randn(3, 5)
     got, expected = (torch.vmap(lambda x: CALLS[name](m, x), 1)(x) for m in (F, T))  # noqa: B023
     assert torch.equal(got, expected)
+    got, expected = (torch.func.grad(lambda x: (CALLS[name](m, x) ** 2).sum())(x) for m in (F, T))  # noqa: B023
+    assert torch.equal(got, expected)
     got = torch.vmap(lambda x: OPS.leaky_relu_backward(dy, x, 0.5))(x)
     assert torch.equal(got, torch.where(x > 0, dy, dy * 0.5))
     got = torch.vmap(lambda x: OPS.relu_backward(x, dy))(x)

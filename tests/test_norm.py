@@ -428,10 +428,15 @@ def test_vmap(kind: str, in_dims: tuple[int | None, ...]) -> None:
             sizes.insert(min(dim, len(sizes)), 3)
         tensors.append(torch.randn(sizes, dtype=torch.float64))
 
-    got = torch.vmap(lambda *a: case.call(F, *a), in_dims)(*tensors)
+    def step(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        grads = torch.func.grad(lambda *a: (case.call(F, *a) ** 3).sum(), (0, 1, 2))(x, w, b)
+        return case.call(F, x, w, b), *grads
+
+    got = torch.vmap(step, in_dims)(*tensors)
     for i in range(3):
         one = [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
-        torch.testing.assert_close(got[i], case.call(F, *one))
+        for g, e in zip(got, step(*one), strict=True):
+            torch.testing.assert_close(g[i], e)
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 1), (2, 0)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime  # type: ignore[attr-defined]
-from .library import register
+from .library import Operator, register
 
 SMALL = 32 * 1024  # elements: below, a second thread costs more than it does
 
@@ -146,19 +146,19 @@ def _vmap(op: Any, tensors: int) -> Any:
     return rule
 
 
-relu: Any = register(
+relu: Operator = register(
     "relu(Tensor x) -> Tensor", _relu_cpu, _relu_fake, _relu_backward, _relu_setup, _vmap(lambda: relu, 1)
 )
-relu_backward: Any = register(
+relu_backward: Operator = register(
     "relu_backward(Tensor dy, Tensor y) -> Tensor",
     _relu_backward_cpu, _relu_backward_fake, _relu_backward_backward, _relu_backward_setup,
     _vmap(lambda: relu_backward, 2),
 )  # fmt: skip
-leaky_relu: Any = register(
+leaky_relu: Operator = register(
     "leaky_relu(Tensor x, float slope) -> Tensor",
     _leaky_cpu, _leaky_fake, _leaky_backward, _leaky_setup, _vmap(lambda: leaky_relu, 1),
 )  # fmt: skip
-leaky_relu_backward: Any = register(
+leaky_relu_backward: Operator = register(
     "leaky_relu_backward(Tensor dy, Tensor x, float slope) -> Tensor",
     _leaky_backward_cpu, _leaky_backward_fake, _leaky_backward_backward, _leaky_backward_setup,
     _vmap(lambda: leaky_relu_backward, 2),
@@ -184,7 +184,7 @@ def _inplace_cpu(x: Tensor, relu: bool, slope: float) -> None:
         x.copy_(_relu_cpu(x) if relu else _leaky_cpu(x, slope))
 
 
-activation_: Any = register(
+activation_: Operator = register(
     "activation_(Tensor(a!) x, bool relu, float slope) -> ()", _inplace_cpu, _inplace_fake
 )
 

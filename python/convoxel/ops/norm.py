@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _C, runtime  # type: ignore[attr-defined]
 from ..geometry import is_channels_last, memory_format
-from .library import pointer, register, scratch
+from .library import Operator, pointer, register, scratch
 
 Ints = Sequence[int]
 SMALL = 32 * 1024  # elements: below, a second thread costs more than it does
@@ -309,15 +309,15 @@ def _backward_vmap(info: Any, in_dims: Any, dy: Tensor, x: Tensor, w: Tensor | N
     return (dx, dw, db), (0, 0, 0)
 
 
-norm: Any = register(
+norm: Operator = register(
     "norm(Tensor x, Tensor? w, Tensor? b, SymInt groups, bool over_batch, float eps) -> (Tensor, Tensor, Tensor)",
     _norm_cpu, _norm_fake, _norm_backward, _norm_setup, _norm_vmap,
 )  # fmt: skip
-norm_fixed: Any = register(
+norm_fixed: Operator = register(
     "norm_fixed(Tensor x, Tensor? w, Tensor? b, Tensor mean, Tensor var, float eps) -> Tensor",
     _fixed_cpu, _fixed_fake, _fixed_backward, _fixed_setup, _fixed_vmap,
 )  # fmt: skip
-norm_backward: Any = register(
+norm_backward: Operator = register(
     "norm_backward(Tensor dy, Tensor x, Tensor? w, Tensor mean, Tensor var, SymInt groups, bool over_batch, "
     "bool fixed, float eps, bool need_dx, bool need_dw) -> (Tensor, Tensor, Tensor)",
     _backward_cpu, _backward_fake, _backward_backward, _backward_setup, _backward_vmap,
