@@ -84,9 +84,12 @@ NormCall norm_call(const std::array<int64_t, 7>& n, double eps, int threads) {
 void bind_norm(py::module_& m) {
   typedef std::array<int64_t, 7> Numbers;
   auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
-  m.def("norm_scratch", [](int dtype, const Numbers& numbers, int threads) {
-    return active_isa().norm[dtype].scratch(norm_call(numbers, 0, threads));
-  });
+  m.def(
+      "norm_scratch",
+      [](int dtype, const Numbers& numbers, int threads) {
+        return active_isa().norm[dtype].scratch(norm_call(numbers, 0, threads));
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("threads"));
   m.def(
       "norm",
       [at](int dtype, const Numbers& numbers, double eps, Pointer x, Pointer w, Pointer b, Pointer y, Pointer mean,
@@ -96,6 +99,8 @@ void bind_norm(py::module_& m) {
         c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
         active_isa().norm[dtype].forward(c);
       },
+      py::arg("dtype"), py::arg("numbers"), py::arg("eps"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"),
+      py::arg("mean"), py::arg("var"), py::arg("scratch"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "norm_backward",
@@ -106,6 +111,8 @@ void bind_norm(py::module_& m) {
         c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
         active_isa().norm[dtype].backward(c);
       },
+      py::arg("dtype"), py::arg("numbers"), py::arg("eps"), py::arg("dy"), py::arg("x"), py::arg("w"), py::arg("mean"),
+      py::arg("var"), py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("scratch"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 }
 
@@ -116,13 +123,15 @@ void bind_activation(py::module_& m) {
       [at](int dtype, int64_t n, bool relu, double slope, Pointer x, Pointer y, int threads) {
         active_isa().activation[dtype].forward({n, relu, slope, at(x), nullptr, at(y), threads});
       },
+      py::arg("dtype"), py::arg("n"), py::arg("relu"), py::arg("slope"), py::arg("x"), py::arg("y"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "activation_backward",
       [at](int dtype, int64_t n, bool relu, double slope, Pointer dy, Pointer x, Pointer dx, int threads) {
         active_isa().activation[dtype].backward({n, relu, slope, at(x), at(dy), at(dx), threads});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("dtype"), py::arg("n"), py::arg("relu"), py::arg("slope"), py::arg("dy"), py::arg("x"), py::arg("dx"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

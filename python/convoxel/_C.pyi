@@ -43,3 +43,36 @@ def resample_scratch(dtype: int, geometry: ResampleGeometry, adjoint: bool, thre
 def resample(
     dtype: int, geometry: ResampleGeometry, adjoint: bool, src: int, dst: int, scratch: int, threads: int
 ) -> None: ...
+def norm_scratch(dtype: int, numbers: Sequence[int], threads: int) -> int: ...
+def norm(
+    dtype: int,
+    numbers: Sequence[int],
+    eps: float,
+    x: int,
+    w: int,
+    b: int,
+    y: int,
+    mean: int,
+    var: int,
+    scratch: int,
+    threads: int,
+) -> None: ...
+def norm_backward(
+    dtype: int,
+    numbers: Sequence[int],
+    eps: float,
+    dy: int,
+    x: int,
+    w: int,
+    mean: int,
+    var: int,
+    dx: int,
+    dw: int,
+    db: int,
+    scratch: int,
+    threads: int,
+) -> None: ...
+def activation(dtype: int, n: int, relu: bool, slope: float, x: int, y: int, threads: int) -> None: ...
+def activation_backward(
+    dtype: int, n: int, relu: bool, slope: float, dy: int, x: int, dx: int, threads: int
+) -> None: ...

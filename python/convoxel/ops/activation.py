@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, runtime  # type: ignore[attr-defined]
+from .. import _C, runtime
 from .library import Operator, register
 
 SMALL = 32 * 1024  # elements: below, a second thread costs more than it does
@@ -35,7 +35,7 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _run(op: str, relu: bool, slope: float, x: Tensor, y: Tensor) -> None:
-    threads = torch.get_num_threads() if x.numel() > SMALL else 1
+    threads = runtime.threads() if x.numel() > SMALL else 1
     with runtime.serve(op, "direct", lambda: f"{tuple(x.shape)} {x.dtype}"):
         _C.activation(runtime.DTYPES[x.dtype], x.numel(), relu, slope, x.data_ptr(), y.data_ptr(), threads)
 
@@ -44,7 +44,7 @@ def _run_backward(op: str, relu: bool, slope: float, dy: Tensor, x: Tensor) -> T
     _check(op, x, dy)
     dx = torch.empty_like(x)
     dy, x = _like(dy, dx), _like(x, dx)
-    threads = torch.get_num_threads() if x.numel() > SMALL else 1
+    threads = runtime.threads() if x.numel() > SMALL else 1
     with runtime.serve(op, "direct", lambda: f"{tuple(x.shape)} {x.dtype}"):
         _C.activation_backward(runtime.DTYPES[x.dtype], x.numel(), relu, slope,
                                dy.data_ptr(), x.data_ptr(), dx.data_ptr(), threads)  # fmt: skip

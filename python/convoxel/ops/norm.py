@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, runtime  # type: ignore[attr-defined]
+from .. import _C, runtime
 from ..geometry import is_channels_last, memory_format
 from .library import Operator, pointer, register, scratch
 
@@ -88,7 +88,7 @@ def _run(
     """One kernel over tensors that are dense in x's layout; one pixel is channels-last, whatever its strides."""
     pixels = math.prod(x.shape[2:])
     numbers = [x.shape[0], x.shape[1], pixels, groups, over_batch, fixed, is_channels_last(x) or pixels == 1]
-    dtype, threads = runtime.DTYPES[x.dtype], torch.get_num_threads() if x.numel() > SMALL else 1
+    dtype, threads = runtime.DTYPES[x.dtype], runtime.threads() if x.numel() > SMALL else 1
     memory = scratch(_C.norm_scratch(dtype, numbers, threads))
     with runtime.serve(op, "direct", lambda: f"{tuple(x.shape)} groups {groups} {x.dtype}"):
         getattr(_C, op)(dtype, numbers, eps, *map(pointer, tensors), memory.data_ptr(), threads)
