@@ -23,7 +23,15 @@ def test_every_example_gives_what_the_page_says() -> None:
     assert not results.failed, output
     assert results.attempted > 50
     served = {name for name, row in convoxel.stats().items() if row["served"]}
-    assert {"conv", "conv_input_grad", "conv_weight_grad", "interpolate", "interpolate_grad"} <= served
+    assert {
+        "conv",
+        "conv_input_grad",
+        "conv_weight_grad",
+        "interpolate",
+        "interpolate_grad",
+        "norm",
+        "norm_backward",
+    } <= served
 
 
 def test_every_family_has_formulas_for_both_ways_and_an_example() -> None:
