@@ -42,22 +42,21 @@ def test_threads_are_torchs_and_as_many_as_torch_was_told() -> None:
         from convoxel import functional as F
 
         print(sorted(set(re.findall(r"/\\S*/lib(?:gomp|omp|iomp)\\S*", open("/proc/self/maps").read()))))
-        x, w = torch.ones(1, 8, 16, 16, 16), torch.ones(8, 8, 3, 3, 3)
+        x, w = torch.ones(1, 8, 24, 24, 24), torch.ones(8, 8, 3, 3, 3)
         tasks = lambda: len(os.listdir("/proc/self/task"))
-        before = tasks()
-        torch.set_num_threads(1)
-        F.conv3d(x, w)
-        print(tasks() - before)
-        torch.set_num_threads(3)
-        F.conv3d(x, w)
-        print(tasks() - before)
-        torch.ones(1 << 20).add_(1)
-        print(tasks() - before)
+        ours, torchs = lambda: F.conv3d(x, w), lambda: torch.ones(1 << 20).add_(1)
+        first = tasks()
+        for threads, calls in (1, [ours]), (5, [ours, torchs]), (7, [torchs, ours]):
+            torch.set_num_threads(threads)
+            for call in calls:
+                call()
+                print(tasks() - first)
         """
     )
     libraries, *tasks = out.splitlines()
     assert libraries.count(".so") == 1 and str(Path(torch.__file__).parent) in libraries, libraries
-    assert tasks == ["0", "2", "2"]
+    alone, five, same, seven, same_again = map(int, tasks)
+    assert alone == 0 and five >= 3 and same == five and seven == same_again == five + 2  # import starts one or two
 
 
 @pytest.mark.parametrize("call", EVERY, ids=str)
@@ -158,7 +157,7 @@ FORK = """
     from convoxel import functional as F, nn, runtime
 
     torch.set_num_threads(2)
-    x, w = torch.randn(1, 8, 12, 12, 12), torch.randn(8, 8, 3, 3, 3)
+    x, w = torch.randn(1, 8, 24, 24, 24), torch.randn(8, 8, 3, 3, 3)
     how = ((1, 1, 1), (0, 0, 0), (1, 1, 1), 1, (3, 3, 3))
     bits = lambda t: t.detach().numpy().tobytes()
     run = lambda: bits(F.conv3d(x, w)) + bits(torch.ops.convoxel.conv_weight_grad(x, F.conv3d(x, w), *how))
@@ -204,7 +203,7 @@ def test_loader_workers_compute() -> None:
         + """
     class Filtered(torch.utils.data.Dataset):
         layer = nn.Conv3d(1, 4, 3).requires_grad_(False)
-        volumes = torch.randn(6, 1, 12, 12, 12)
+        volumes = torch.randn(6, 1, 32, 32, 32)
 
         def __len__(self):
             return len(self.volumes)
