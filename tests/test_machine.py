@@ -56,7 +56,9 @@ def test_threads_are_torchs_and_as_many_as_torch_was_told() -> None:
     libraries, *tasks = out.splitlines()
     assert libraries.count(".so") == 1 and str(Path(torch.__file__).parent) in libraries, libraries
     alone, five, same, seven, same_again = map(int, tasks)
-    assert alone == 0 and five >= 3 and same == five and seven == same_again == five + 2  # import starts one or two
+    assert (
+        alone == 0 and five >= 3 and same == five and seven == same_again == five + 2
+    )  # import starts one or two
 
 
 @pytest.mark.parametrize("call", EVERY, ids=str)
