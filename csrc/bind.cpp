@@ -134,6 +134,45 @@ void bind_activation(py::module_& m) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+// (N, C, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then the rest of PoolCall's numbers)
+typedef std::array<int64_t, 25> PoolNumbers;
+
+PoolCall pool_call(const PoolNumbers& n) {
+  PoolCall c{};
+  c.N = n[0], c.C = n[1];
+  for (int a = 0; a < kAxes; ++a) {
+    const int64_t* p = &n[2 + 6 * a];
+    c.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]};
+  }
+  c.adaptive = n[20], c.last = n[21], c.wide = n[22], c.count_padding = n[23], c.divisor = n[24];
+  return c;
+}
+
+void bind_pool(py::module_& m) {
+  m.def(
+      "pool_scratch", [](const PoolNumbers& numbers) { return active_isa().max_pool->scratch(pool_call(numbers)); },
+      py::arg("geometry"));
+  auto bind = [&m](const char* name, PoolFunction (*function)(const Kernels&, int)) {
+    m.def(
+        name,
+        [function](int dtype, const PoolNumbers& numbers, Pointer x, Pointer y, Pointer codes, Pointer scratch,
+                   int threads) {
+          auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+          PoolCall call = pool_call(numbers);
+          call.x = at(x), call.y = at(y), call.codes = at(codes), call.scratch = at(scratch), call.threads = threads;
+          function(active_isa(), dtype)(call);
+        },
+        py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("y"), py::arg("codes"), py::arg("scratch"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  };
+  bind("max_pool", [](const Kernels& k, int t) { return k.max_pool[t].forward; });
+  bind("max_pool_input_grad", [](const Kernels& k, int t) { return k.max_pool[t].input_grad; });
+  bind("max_pool_pick", [](const Kernels& k, int t) { return k.max_pool[t].pick; });
+  bind("max_pool_indices", [](const Kernels& k, int t) { return k.max_pool[t].indices; });
+  bind("avg_pool", [](const Kernels& k, int t) { return k.avg_pool[t].forward; });
+  bind("avg_pool_input_grad", [](const Kernels& k, int t) { return k.avg_pool[t].input_grad; });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -164,6 +203,7 @@ PYBIND11_MODULE(_C, m) {
   bind_norm(m);
   bind_activation(m);
   bind_resample(m);
+  bind_pool(m);
 }
 
 }  // namespace convoxel

@@ -105,6 +105,34 @@ struct Resample {
   int64_t (*input_grad_scratch)(const ResampleGeometry&, int threads);
 };
 
+// One pooling of x [N, C, D, H, W] to y [N, C, OD, OH, OW]; codes [as y] hold the tap of each maximum.
+struct PoolCall {
+  int64_t N, C;
+  ConvAxis axis[kAxes];  // adaptive: `kernel` bounds the windows from above, stride and so on mean nothing
+  bool adaptive, last;   // last: all tensors are channels-last
+  bool wide;             // codes are int32, else uint8
+  bool count_padding;    // averages: padding counts as voxels
+  int64_t divisor;       // averages: instead of the window's size; 0: none
+  void *x, *y, *codes;   // codes: nullptr for a maximum that nobody differentiates
+  void* scratch;
+  int threads;
+};
+
+typedef void (*PoolFunction)(const PoolCall&);
+
+struct MaxPool {
+  PoolFunction forward;                 // x -> y, codes
+  PoolFunction input_grad;              // y, codes -> x
+  PoolFunction pick;                    // x, codes -> y
+  PoolFunction indices;                 // codes -> y, int64, flat in D H W
+  int64_t (*scratch)(const PoolCall&);  // bytes, for AvgPool too
+};
+
+struct AvgPool {
+  PoolFunction forward;     // x -> y
+  PoolFunction input_grad;  // y -> x
+};
+
 struct Kernels {
   const char* isa;
   const ConvDirect* conv_direct;  // [kDTypes], as all that follow
@@ -112,6 +140,8 @@ struct Kernels {
   const Norm* norm;
   const Activation* activation;
   const Resample* resample;
+  const MaxPool* max_pool;
+  const AvgPool* avg_pool;
   // Does `rounds` rounds of independent fused multiply-adds on each thread; returns the flops done.
   double (*fma_peak)(int64_t rounds, int threads);
 };

@@ -31,6 +31,10 @@ def test_every_example_gives_what_the_page_says() -> None:
         "interpolate_grad",
         "norm",
         "norm_backward",
+        "max_pool",
+        "max_pool_input_grad",
+        "avg_pool",
+        "avg_pool_input_grad",
     } <= served
 
 

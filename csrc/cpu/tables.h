@@ -9,5 +9,7 @@ extern const ConvWeightGrad conv_weight_grad[kDTypes];
 extern const Norm norm[kDTypes];
 extern const Activation activation[kDTypes];
 extern const Resample resample[kDTypes];
+extern const MaxPool max_pool[kDTypes];
+extern const AvgPool avg_pool[kDTypes];
 }  // namespace CONVOXEL_ISA
 }  // namespace convoxel

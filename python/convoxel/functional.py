@@ -25,24 +25,23 @@ from . import runtime
 from .ops import activation as _activation
 from .ops import conv as _conv
 from .ops import norm as _norm
+from .ops import pool as _pool
 from .ops import resample as _resample
-from .ops.library import autocast, why_not
+from .ops.library import autocast, full_precision, why_not
 
 Size = int | tuple[int, ...]
 
 
-def _served(
-    count: int, lower_precision: bool = False
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _served(count: int, lower_precision: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Serves a function of the same name in torch.nn.functional, its first `count` arguments being tensors or
     None. What the kernels do not take goes to torch, counted; `lower_precision` marks autocast's list."""
 
-    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
         fallback = getattr(_torch, name)
 
         @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             tensors = [a for a in (*args[:count], *kwargs.values()) if isinstance(a, Tensor)]
             if tensors and (reason := why_not(*tensors)):
                 runtime.handed(name, reason)
@@ -205,3 +204,80 @@ def relu(input, inplace=False):
 @_served(1)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
     return _activation.activation(input, negative_slope, inplace)
+
+
+# Pooling. torch's autocast computes 3-D in float32, except max_pool3d with indices -----------------
+
+
+@_served(1)
+def max_pool1d(input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0, dilation: Size = 1,
+               ceil_mode: bool = False, return_indices: bool = False) -> Any:  # fmt: skip
+    return _pool.maximum(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+@_served(1)
+def max_pool2d(input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0, dilation: Size = 1,
+               ceil_mode: bool = False, return_indices: bool = False) -> Any:  # fmt: skip
+    return _pool.maximum(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+@_served(1)
+def max_pool3d(input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0, dilation: Size = 1,
+               ceil_mode: bool = False, return_indices: bool = False) -> Any:  # fmt: skip
+    input = input if return_indices else full_precision(input)
+    return _pool.maximum(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+@_served(1)
+def avg_pool1d(input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0,
+               ceil_mode: bool = False, count_include_pad: bool = True) -> Tensor:  # fmt: skip
+    return _pool.average(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None)
+
+
+@_served(1)
+def avg_pool2d(input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0,
+               ceil_mode: bool = False, count_include_pad: bool = True,
+               divisor_override: int | None = None) -> Tensor:  # fmt: skip
+    return _pool.average(
+        2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+
+
+@_served(1)
+def avg_pool3d(input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0,
+               ceil_mode: bool = False, count_include_pad: bool = True,
+               divisor_override: int | None = None) -> Tensor:  # fmt: skip
+    input = full_precision(input)
+    return _pool.average(
+        3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+
+
+@_served(1)
+def adaptive_max_pool1d(input: Tensor, output_size: Extent, return_indices: bool = False) -> Any:
+    return _pool.adaptive_maximum(1, input, output_size, return_indices)
+
+
+@_served(1)
+def adaptive_max_pool2d(input: Tensor, output_size: Extent, return_indices: bool = False) -> Any:
+    return _pool.adaptive_maximum(2, input, output_size, return_indices)
+
+
+@_served(1)
+def adaptive_max_pool3d(input: Tensor, output_size: Extent, return_indices: bool = False) -> Any:
+    return _pool.adaptive_maximum(3, full_precision(input), output_size, return_indices)
+
+
+@_served(1)
+def adaptive_avg_pool1d(input: Tensor, output_size: Extent) -> Tensor:
+    return _pool.adaptive_average(1, input, output_size)
+
+
+@_served(1)
+def adaptive_avg_pool2d(input: Tensor, output_size: Extent) -> Tensor:
+    return _pool.adaptive_average(2, input, output_size)
+
+
+@_served(1)
+def adaptive_avg_pool3d(input: Tensor, output_size: Extent) -> Tensor:
+    return _pool.adaptive_average(3, full_precision(input), output_size)

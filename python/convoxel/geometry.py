@@ -18,18 +18,24 @@ Ints = Sequence[int]
 SPATIAL_NAMES = {1: "W", 2: "H, W", 3: "D, H, W"}
 
 
+def is_integer(value: Any) -> bool:
+    """Whether torch takes it for an int: numpy's and 0-dimensional integer tensors too, never a bool."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and value.dtype != torch.bool
+    return isinstance(value, torch.SymInt) or (hasattr(value, "__index__") and not isinstance(value, bool))
+
+
 def as_tuple(value: Any, rank: int, what: str, name: str) -> tuple[int, ...]:
     """`value` once for each of `rank` axes: 3 -> (3, 3, 3); (1, 2, 2) stays.
 
     Raises TypeError for anything but integers, ValueError beyond 64 bits, RuntimeError for a wrong count, all as
     torch does.
     """
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+    if is_integer(value):
         value = (value,) * rank
-    if not isinstance(value, (tuple, list, torch.Size)) or not all(
-        isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value
-    ):
+    if not isinstance(value, (tuple, list, torch.Size)) or not all(map(is_integer, value)):
         raise TypeError(f"{what}: {name} must be an int or a tuple of {rank} ints, got {value!r}")
+    value = [v if isinstance(v, torch.SymInt) else int(v) for v in value]
     if any(isinstance(v, int) and abs(v) >= 2**63 for v in value):
         raise ValueError(f"{what}: {name} must fit in 64 bits, got {value!r}")
     if len(value) == 1:

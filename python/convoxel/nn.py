@@ -241,3 +241,72 @@ class ReLU(_nn.ReLU):
 class LeakyReLU(_nn.LeakyReLU):
     def forward(self, input: Tensor) -> Tensor:
         return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+# Pooling ------------------------------------------------------------------------------------------
+
+
+class MaxPool1d(_nn.MaxPool1d):
+    def forward(self, input: Tensor) -> Tensor:
+        how = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool1d(input, *how, return_indices=self.return_indices)
+
+
+class MaxPool2d(_nn.MaxPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        how = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool2d(input, *how, return_indices=self.return_indices)
+
+
+class MaxPool3d(_nn.MaxPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        how = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool3d(input, *how, return_indices=self.return_indices)
+
+
+class AvgPool1d(_nn.AvgPool1d):
+    def forward(self, input: Tensor) -> Tensor:
+        how = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return F.avg_pool1d(input, *how)
+
+
+class AvgPool2d(_nn.AvgPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        how = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return F.avg_pool2d(input, *how, self.divisor_override)
+
+
+class AvgPool3d(_nn.AvgPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        how = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return F.avg_pool3d(input, *how, self.divisor_override)
+
+
+class AdaptiveMaxPool1d(_nn.AdaptiveMaxPool1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
+
+
+class AdaptiveMaxPool2d(_nn.AdaptiveMaxPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+
+
+class AdaptiveMaxPool3d(_nn.AdaptiveMaxPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)
+
+
+class AdaptiveAvgPool1d(_nn.AdaptiveAvgPool1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_avg_pool1d(input, self.output_size)
+
+
+class AdaptiveAvgPool2d(_nn.AdaptiveAvgPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(input, self.output_size)
+
+
+class AdaptiveAvgPool3d(_nn.AdaptiveAvgPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_avg_pool3d(input, self.output_size)

@@ -27,9 +27,8 @@ from ..geometry import (
     conv_transpose_out_size,
     is_channels_last,
     lift,
-    memory_format,
 )
-from .library import Operator, pointer, register, scratch
+from .library import Operator, dense, from_3d, new, pointer, register, scratch, to_3d
 
 Ints = Sequence[int]
 
@@ -123,15 +122,6 @@ def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | N
         getattr(_C, op)(
             dtype, geometry, pointer(x), pointer(w), pointer(b), pointer(y), memory.data_ptr(), threads
         )
-
-
-def dense(t: Tensor) -> tuple[Tensor, bool]:
-    last = is_channels_last(t)
-    return t.contiguous(memory_format=memory_format(last)), last
-
-
-def new(like: Tensor, shape: Ints, last: bool) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(last))
 
 
 # y = F(x, w) + b ----------------------------------------------------------------------------------
@@ -376,19 +366,6 @@ def _batched(name: str, rank: int, x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
     return (x, True) if x.dim() == rank + 2 else (x.unsqueeze(0), False)
 
 
-def _lift(t: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, 1, H, W), (N, C, W) -> (N, C, 1, 1, W): views that keep channels-last."""
-    while t.dim() < 5:
-        t = t.unsqueeze(2)
-    return t
-
-
-def _lower(y: Tensor, rank: int, batched: bool) -> Tensor:
-    while y.dim() > rank + 2:
-        y = y.squeeze(2)
-    return y if batched else y.squeeze(0)
-
-
 def convolution(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any,
                 groups: int) -> Tensor:  # fmt: skip
     """torch.nn.functional.conv{rank}d. x (N, C, *spatial) or (C, *spatial), w (K, C / groups, *kernel), b (K)."""
@@ -404,8 +381,8 @@ def convolution(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, 
             x, padding_ = _same_padding(name, x, w.shape[2:], stride, dilation)
     else:
         padding_ = as_tuple(padding, rank, name, "padding")
-    y = conv(_lift(x), _lift(w), b, lift(stride, 1), lift(padding_, 0), lift(dilation, 1), groups)
-    return _lower(y, rank, batched)
+    y = conv(to_3d(x), to_3d(w), b, lift(stride, 1), lift(padding_, 0), lift(dilation, 1), groups)
+    return from_3d(y, rank, batched)
 
 
 def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any,
@@ -429,7 +406,7 @@ def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: An
     if any(extra):
         x = torch.nn.functional.pad(x, [v for e in reversed(extra) for v in (0, e)])
     how = (lift(s, 1), lift(p, 0), lift(d, 1), groups)
-    return _lower(conv_input_grad(_lift(x), _lift(w), b, *how, lift(size, 1)), rank, batched)
+    return from_3d(conv_input_grad(to_3d(x), to_3d(w), b, *how, lift(size, 1)), rank, batched)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

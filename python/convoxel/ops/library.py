@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from .. import runtime
+from ..geometry import Ints, is_channels_last, memory_format
 
 _library = torch.library.Library("convoxel", "FRAGMENT")
 _names: list[str] = []
@@ -105,6 +106,12 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def full_precision(t: torch.Tensor) -> torch.Tensor:
+    """t in float32 where autocast is on (torch's float32 list), else as it is."""
+    low = isinstance(t, torch.Tensor) and t.dtype in (torch.bfloat16, torch.float16)
+    return t.float() if low and torch.is_autocast_enabled(t.device.type) else t
+
+
 def pointer(t: torch.Tensor | None) -> int:
     return NONE if t is None else t.data_ptr()
 
@@ -112,3 +119,29 @@ def pointer(t: torch.Tensor | None) -> int:
 def scratch(size: int) -> torch.Tensor:
     """`size` bytes that a kernel may write to; never read before written."""
     return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+def dense(t: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """t (N, C, D, H, W) without gaps, and whether it is channels-last (else contiguous)."""
+    last = is_channels_last(t)
+    return t.contiguous(memory_format=memory_format(last)), last
+
+
+def new(like: torch.Tensor, shape: Ints, last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty(
+        shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(last)
+    )
+
+
+def to_3d(t: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, C, 1, H, W), (N, C, W) -> (N, C, 1, 1, W): views that keep channels-last."""
+    while t.dim() < 5:
+        t = t.unsqueeze(2)
+    return t
+
+
+def from_3d(y: torch.Tensor, rank: int, batched: bool) -> torch.Tensor:
+    """Undoes `to_3d`; without `batched` the image axis goes too."""
+    while y.dim() > rank + 2:
+        y = y.squeeze(2)
+    return y if batched else y.squeeze(0)

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
-from ..geometry import is_channels_last, lift, memory_format
-from .conv import _lift, _lower, dense
-from .library import register, scratch
+from ..geometry import is_channels_last, is_integer, lift, memory_format
+from .library import dense, from_3d, register, scratch, to_3d
 
 Ints = Sequence[int]
 Floats = Sequence[float]
@@ -153,16 +152,10 @@ def _per_axis(value: Any, rank: int, name: str, x: Tensor) -> list[Any]:
     return values
 
 
-def _is_integer(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_floating_point() and value.dtype != torch.bool
-    return isinstance(value, torch.SymInt) or (hasattr(value, "__index__") and not isinstance(value, bool))
-
-
 def _sizes(value: Any, rank: int, x: Tensor) -> list[Any]:
     values = _per_axis(value, rank, "size", x)
     for v in values:
-        if not _is_integer(v) or (not isinstance(v, torch.SymInt) and abs(int(v)) >= 2**63):
+        if not is_integer(v) or (not isinstance(v, torch.SymInt) and abs(int(v)) >= 2**63):
             raise TypeError(
                 f"interpolate: expected size to be an int of 64 bits or {rank} of them, but got {value!r}, where "
                 f"{v!r} is a {type(v).__name__}; use scale_factor for a factor"
@@ -242,4 +235,4 @@ def resize(x: Tensor, size: Any, scale_factor: Any, mode: str, align_corners: bo
     if number != LINEAR and _vectorized(x, sizes):
         number += NEAREST_VECTORIZED - NEAREST
     lifted = (*[0.0] * (3 - rank), *scales)
-    return _lower(interpolate(_lift(x), lift(sizes, 1), number, bool(align_corners), lifted), rank, True)
+    return from_3d(interpolate(to_3d(x), lift(sizes, 1), number, bool(align_corners), lifted), rank, True)

@@ -1,0 +1,506 @@
+"""Pooling: windows of a maximum or a mean, with a fixed stride or adaptive.
+
+    max_pool             y[o] = max of x over o's window; code[o] = the tap that held it
+    max_pool_input_grad  dx[i] = sum of the dy[o] whose maximum lay at i
+    max_pool_pick        y[o] = x at the tap code[o]: the gradient of max_pool_input_grad, and it of this
+    max_pool_indices     torch's indices from codes: int64, flat in (D, H, W) of the input
+    avg_pool             y[o] = sum of x over o's window / its size
+    avg_pool_input_grad  dx[i] = sum of dy[o] / size over the windows that hold i; its gradient is avg_pool
+
+Codes number a window's taps, (kd * KH + kh) * KW + kw, in uint8 where that is enough and int32 elsewhere:
+an eighth of what torch's indices take. Everything is 3-D here: x (N, C, D, H, W), y (N, C, OD, OH, OW). Windows
+are given by `out` and `kernel, stride, padding, dilation`; these four empty means adaptive, that is
+[floor(o * in / out), ceil((o + 1) * in / out)) along each axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C, runtime
+from ..geometry import SPATIAL_NAMES, Ints, as_tuple, is_channels_last, lift, memory_format, pool_out_size
+from .library import Operator, dense, from_3d, new, pointer, register, scratch, to_3d
+
+How = Sequence[Any]  # out, kernel, stride, padding, dilation: three ints each, or none but in out
+
+SMALL = 32 * 1024  # elements that one thread does sooner than two
+LARGEST = 2**31 - 1
+
+# Checks and geometry ------------------------------------------------------------------------------
+
+
+def check_steps(op: str, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> None:
+    """RuntimeError where torch refuses the windows whatever the input is."""
+    for name, values in (("kernel size", kernel), ("stride", stride), ("dilation", dilation)):
+        if min(values) < 1:
+            raise RuntimeError(f"{op}: {name} must be greater than zero, but got {tuple(values)}")
+    if min(padding) < 0:
+        raise RuntimeError(f"{op}: padding must be non-negative, but got {tuple(padding)}; crop x instead")
+    if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+        raise RuntimeError(
+            f"{op}: padding should be at most half of kernel size, but got padding {tuple(padding)} and kernel "
+            f"size {tuple(kernel)}; pad x with torch.nn.functional.pad where you need more"
+        )
+
+
+def check(op: str, x_shape: Ints, how: How) -> tuple[int, ...]:
+    """The shape of y (N, C, OD, OH, OW); RuntimeError if these windows do not belong to such an x."""
+    out, *steps = how
+    if len(x_shape) != 5:
+        raise RuntimeError(f"{op}: expected x with 5 axes (N, C, D, H, W), received {tuple(x_shape)}")
+    if min(x_shape[2:]) < 1:
+        raise RuntimeError(f"{op}: expected spatial axes that are not empty, received x {tuple(x_shape)}")
+    if len(out) != 3 or any(len(s) != len(steps[0]) or len(s) not in (0, 3) for s in steps):
+        raise RuntimeError(
+            f"{op}: expected 3 entries in out, and 3 (or, if adaptive, none) in each of kernel, stride, padding and "
+            f"dilation, received {how}"
+        )
+    if not steps[0]:
+        if min(out) < 0 or max(*out, *x_shape[2:]) > LARGEST:
+            raise RuntimeError(
+                f"{op}: expected output sizes from 0 to {LARGEST} and x no larger, received output size "
+                f"{tuple(out)}, x {tuple(x_shape)}"
+            )
+        return (*x_shape[:2], *out)
+    kernel, stride, padding, dilation = steps
+    check_steps(op, kernel, stride, padding, dilation)
+    axes = list(zip(x_shape[2:], kernel, stride, padding, dilation, strict=True))
+    for o, axis in zip(out, axes, strict=True):
+        if o < 1 or o not in (pool_out_size(*axis), pool_out_size(*axis, True)):
+            raise RuntimeError(
+                f"{op}: x {tuple(x_shape)} (N, C, D, H, W) with kernel {tuple(kernel)}, stride {tuple(stride)}, "
+                f"padding {tuple(padding)}, dilation {tuple(dilation)} has no such output: received {tuple(out)}; "
+                "see convoxel.geometry.pool_out_size"
+            )
+    return (*x_shape[:2], *out)
+
+
+def extents(size: Ints, how: How) -> tuple[int, ...]:
+    """The kernel, or what no adaptive window along an axis exceeds: 12 inputs in 5 windows -> 4."""
+    out, kernel, *_ = how
+    if kernel:
+        return tuple(kernel)
+    return tuple(i // max(o, 1) + (2 if o and i % o else 0) for i, o in zip(size, out, strict=True))
+
+
+def code_dtype(op: str, size: Ints, how: How) -> torch.dtype:
+    taps = prod(extents(size, how))
+    if taps > LARGEST:
+        raise RuntimeError(f"{op}: windows of at most {LARGEST} voxels are supported, received {taps}")
+    return torch.uint8 if taps <= 256 else torch.int32
+
+
+def check_dtype(op: str, x: Tensor) -> None:
+    if x.dtype not in runtime.DTYPES:
+        raise RuntimeError(f"{op}: kernels take {', '.join(map(str, runtime.DTYPES))}, received {x.dtype}")
+
+
+def check_codes(op: str, codes: Tensor, shape: Ints, dtype: torch.dtype) -> None:
+    if tuple(codes.shape) != tuple(shape) or codes.dtype != dtype:
+        raise RuntimeError(
+            f"{op}: expected codes {tuple(shape)} of {dtype}, as max_pool gave them, received {tuple(codes.shape)} "
+            f"of {codes.dtype}"
+        )
+
+
+def check_dy(op: str, dy: Tensor, size: Ints, how: How) -> tuple[int, ...]:
+    """The shape of dx, for the gradient dy of a pooling of inputs of (D, H, W) `size`."""
+    check_dtype(op, dy)
+    shape = (*dy.shape[:2], *size)
+    if tuple(dy.shape) != check(op, shape, how):
+        raise RuntimeError(f"{op}: expected dy (N, C, {tuple(how[0])}), received {tuple(dy.shape)}")
+    return shape
+
+
+def run(op: str, size: Ints, how: How, last: bool, x: Tensor | None, y: Tensor, codes: Tensor | None,
+        count_padding: bool = False, divisor: int = 0) -> None:  # fmt: skip
+    """One kernel over tensors that are dense in one layout; `size` (D, H, W) is that of the input. The stride of
+    a single window and the dilation of a single tap do nothing: without them no sum in csrc exceeds 64 bits."""
+    out, kernel, *steps = how
+    images = y.shape[:2]
+    stride, padding, dilation = steps if kernel else ((1, 1, 1), (0, 0, 0), (1, 1, 1))
+    numbers = [*images]
+    for i, o, k, s, p, d in zip(size, out, extents(size, how), stride, padding, dilation, strict=True):
+        numbers += [i, o, k, min(s, i + 2 * p + 1), p, d if k > 1 else 1]
+    wide = codes is not None and codes.dtype == torch.int32
+    numbers += [not kernel, last, wide, count_padding, divisor]
+    dtype = runtime.DTYPES.get(y.dtype, 0)  # indices (int64) have no kernel of a dtype
+    threads = runtime.threads() if prod(images) * max(prod(size), prod(out)) > SMALL else 1
+    memory = scratch(_C.pool_scratch(numbers))
+    with runtime.serve(op, "direct", lambda: f"{tuple(images)} {tuple(size)} -> {tuple(out)} {y.dtype}"):
+        getattr(_C, op)(dtype, numbers, pointer(x), pointer(y), pointer(codes), memory.data_ptr(), threads)
+
+
+# y, codes = max over windows ----------------------------------------------------------------------
+
+
+def _max_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *how, want = args
+    check_dtype("max_pool", x)
+    shape, last = check("max_pool", x.shape, how), is_channels_last(x)
+    dtype = code_dtype("max_pool", x.shape[2:], how)
+    if not want:
+        return new(x, shape, last), torch.empty(0, dtype=dtype, device=x.device)
+    return new(x, shape, last), new(x, shape, last, dtype)
+
+
+def _max_cpu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *how, want = args
+    y, codes = _max_fake(x, *args)
+    if y.numel():
+        x, last = dense(x)
+        run("max_pool", x.shape[2:], how, last, x, y, codes if want else None)
+    return y, codes
+
+
+def _max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *ctx.how, ctx.want = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(output[1] if ctx.want else x)
+
+
+def _max_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    (saved,) = ctx.saved_tensors
+    codes = saved if ctx.want else max_pool(saved.detach(), *ctx.how, True)[1]
+    return (max_pool_input_grad(dy, codes, ctx.size, *ctx.how), *[None] * 6)
+
+
+# dx = dy where the maximum lay --------------------------------------------------------------------
+
+
+def _max_input_grad_fake(dy: Tensor, codes: Tensor, size: Ints, *how: Any) -> Tensor:
+    op = "max_pool_input_grad"
+    shape = check_dy(op, dy, size, how)
+    check_codes(op, codes, dy.shape, code_dtype(op, size, how))
+    return new(dy, shape, is_channels_last(codes))
+
+
+def _max_input_grad_cpu(dy: Tensor, codes: Tensor, size: Ints, *how: Any) -> Tensor:
+    dx = _max_input_grad_fake(dy, codes, size, *how)
+    if dy.numel() == 0:
+        return dx.zero_()
+    if dy.dtype == torch.bfloat16 and not how[1] and any(i % o for i, o in zip(size, how[0], strict=True)):
+        # Adaptive windows that overlap are added up in the storage type, so in float32.
+        return _max_input_grad_cpu(dy.float(), codes, size, *how).bfloat16()
+    codes, last = dense(codes)
+    run("max_pool_input_grad", size, how, last, dx, dy.contiguous(memory_format=memory_format(last)), codes)
+    return dx
+
+
+def _max_input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, _, *ctx.how = inputs
+    ctx.save_for_backward(codes)
+
+
+def _max_input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    return (max_pool_pick(ddx, *ctx.saved_tensors, *ctx.how), *[None] * 7)
+
+
+# y = x at the codes -------------------------------------------------------------------------------
+
+
+def _pick_fake(x: Tensor, codes: Tensor, *how: Any) -> Tensor:
+    op = "max_pool_pick"
+    check_dtype(op, x)
+    shape = check(op, x.shape, how)
+    check_codes(op, codes, shape, code_dtype(op, x.shape[2:], how))
+    return new(x, shape, is_channels_last(codes))
+
+
+def _pick_cpu(x: Tensor, codes: Tensor, *how: Any) -> Tensor:
+    y = _pick_fake(x, codes, *how)
+    if y.numel():
+        codes, last = dense(codes)
+        run(
+            "max_pool_pick", x.shape[2:], how, last, x.contiguous(memory_format=memory_format(last)), y, codes
+        )
+    return y
+
+
+def _pick_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, *ctx.how = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(codes)
+
+
+def _pick_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    return (max_pool_input_grad(g, *ctx.saved_tensors, ctx.size, *ctx.how), *[None] * 6)
+
+
+# torch's indices ----------------------------------------------------------------------------------
+
+
+def _indices_fake(codes: Tensor, size: Ints, *how: Any) -> Tensor:
+    op = "max_pool_indices"
+    shape = check(op, (*codes.shape[:2], *size), how)
+    check_codes(op, codes, shape, code_dtype(op, size, how))
+    return new(codes, shape, is_channels_last(codes), torch.int64)
+
+
+def _indices_cpu(codes: Tensor, size: Ints, *how: Any) -> Tensor:
+    indices = _indices_fake(codes, size, *how)
+    if indices.numel():
+        codes, last = dense(codes)
+        run("max_pool_indices", size, how, last, None, indices, codes)
+    return indices
+
+
+# y = mean over windows ----------------------------------------------------------------------------
+
+
+def check_divisor(op: str, divisor: int, how: How) -> None:
+    if divisor and not how[1]:
+        raise RuntimeError(f"{op}: adaptive windows take no divisor, received {divisor}")
+
+
+def _avg_fake(x: Tensor, *args: Any) -> Tensor:
+    *how, _, divisor = args
+    check_dtype("avg_pool", x)
+    check_divisor("avg_pool", divisor, how)
+    return new(x, check("avg_pool", x.shape, how), is_channels_last(x))
+
+
+def _avg_cpu(x: Tensor, *args: Any) -> Tensor:
+    *how, count_padding, divisor = args
+    y = _avg_fake(x, *args)
+    if y.numel():
+        x, last = dense(x)
+        run("avg_pool", x.shape[2:], how, last, x, y, None, count_padding, divisor)
+    return y
+
+
+def _avg_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.how = inputs
+    ctx.size, ctx.format = x.shape[2:], memory_format(is_channels_last(x))
+
+
+def _avg_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dy = dy.contiguous(memory_format=ctx.format)  # dx in x's layout, whatever came
+    return (avg_pool_input_grad(dy, ctx.size, *ctx.how), *[None] * 7)
+
+
+def _avg_input_grad_fake(dy: Tensor, size: Ints, *args: Any) -> Tensor:
+    *how, _, divisor = args
+    check_divisor("avg_pool_input_grad", divisor, how)
+    return new(dy, check_dy("avg_pool_input_grad", dy, size, how), is_channels_last(dy))
+
+
+def _avg_input_grad_cpu(dy: Tensor, size: Ints, *args: Any) -> Tensor:
+    *how, count_padding, divisor = args
+    dx = _avg_input_grad_fake(dy, size, *args)
+    if dy.numel() == 0:
+        return dx.zero_()
+    dy, last = dense(dy)
+    run("avg_pool_input_grad", size, how, last, dx, dy, None, count_padding, divisor)
+    return dx
+
+
+def _avg_input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, _, *ctx.how = inputs
+    ctx.format = memory_format(is_channels_last(dy))
+
+
+def _avg_input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    ddx = ddx.contiguous(memory_format=ctx.format)
+    return (avg_pool(ddx, *ctx.how), *[None] * 8)
+
+
+# vmap: the batch joins N --------------------------------------------------------------------------
+
+
+def _vmap(op: Any, tensors: int) -> Any:
+    """Of an operator whose first `tensors` arguments are tensors (N, C, D, H, W)."""
+
+    def join(t: Tensor, axis: int | None, size: int) -> Tensor:
+        return (t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)).flatten(0, 1)
+
+    def split(t: Tensor, size: int) -> Tensor:
+        return t.unflatten(0, (size, t.shape[0] // size)) if t.dim() == 5 else t.expand(size, *t.shape)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        joined = [join(t, d, info.batch_size) for t, d in zip(args[:tensors], in_dims, strict=False)]
+        result = op()(*joined, *args[tensors:])
+        if isinstance(result, Tensor):
+            return split(result, info.batch_size), 0
+        return tuple(split(t, info.batch_size) for t in result), (0,) * len(result)
+
+    return rule
+
+
+_HOW = "SymInt[3] out, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+_AVERAGE = f"{_HOW}, bool count_padding, SymInt divisor"
+
+max_pool: Operator = register(
+    f"max_pool(Tensor x, {_HOW}, bool codes) -> (Tensor, Tensor)",
+    _max_cpu, _max_fake, _max_backward, _max_setup, _vmap(lambda: max_pool, 1),
+)  # fmt: skip
+max_pool_input_grad: Operator = register(
+    f"max_pool_input_grad(Tensor dy, Tensor codes, SymInt[3] size, {_HOW}) -> Tensor",
+    _max_input_grad_cpu, _max_input_grad_fake, _max_input_grad_backward, _max_input_grad_setup,
+    _vmap(lambda: max_pool_input_grad, 2),
+)  # fmt: skip
+max_pool_pick: Operator = register(
+    f"max_pool_pick(Tensor x, Tensor codes, {_HOW}) -> Tensor",
+    _pick_cpu, _pick_fake, _pick_backward, _pick_setup, _vmap(lambda: max_pool_pick, 2),
+)  # fmt: skip
+max_pool_indices: Operator = register(
+    f"max_pool_indices(Tensor codes, SymInt[3] size, {_HOW}) -> Tensor",
+    _indices_cpu, _indices_fake, vmap=_vmap(lambda: max_pool_indices, 1),
+)  # fmt: skip
+avg_pool: Operator = register(
+    f"avg_pool(Tensor x, {_AVERAGE}) -> Tensor",
+    _avg_cpu, _avg_fake, _avg_backward, _avg_setup, _vmap(lambda: avg_pool, 1),
+)  # fmt: skip
+avg_pool_input_grad: Operator = register(
+    f"avg_pool_input_grad(Tensor dy, SymInt[3] size, {_AVERAGE}) -> Tensor",
+    _avg_input_grad_cpu, _avg_input_grad_fake, _avg_input_grad_backward, _avg_input_grad_setup,
+    _vmap(lambda: avg_pool_input_grad, 1),
+)  # fmt: skip
+
+
+# Public functions: any rank lifted to 3-D ---------------------------------------------------------
+
+
+def _lifted(name: str, rank: int, x: Tensor, filled: int | None) -> tuple[Tensor, bool]:
+    """x as (N, C, D, H, W), and whether it had a batch axis. The last `filled` axes may not be empty, or
+    (None) all but the first: torch's rules differ."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(x).__name__}")
+    axes = SPATIAL_NAMES[rank]
+    if x.dim() not in (rank + 1, rank + 2):
+        error = IndexError if name == "avg_pool2d" and x.dim() < 3 else RuntimeError  # as torch
+        raise error(
+            f"{name}: expected {rank + 2}D input (N, C, {axes}) or, without a batch, {rank + 1}D (C, {axes}), but got "
+            f"input of size {tuple(x.shape)}"
+        )
+    batched = x.dim() == rank + 2
+    if 0 in x.shape[1 if filled is None else x.dim() - filled :]:
+        raise RuntimeError(
+            f"{name}: expected input with non-zero size for its non-batch dimensions (C, {axes}), but got input of "
+            f"size {tuple(x.shape)}; leave it out"
+        )
+    if not batched:
+        x = x.unsqueeze(0)
+    if rank == 1 or not batched:  # torch knows no channels-last here: results are contiguous
+        x = x.contiguous()
+    return to_3d(x), batched
+
+
+def _bool(name: str, what: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}(): argument '{what}' must be bool, not {type(value).__name__}")
+    return value
+
+
+def _windows(name: str, rank: int, size: Ints, kernel: Any, stride: Any, padding: Any, dilation: Any,
+             ceil_mode: bool) -> How:  # fmt: skip
+    """torch's arguments as (out, kernel, stride, padding, dilation) of three axes."""
+    if stride is None or isinstance(stride, (tuple, list)) and not stride:
+        stride = kernel
+    named = (("kernel_size", kernel), ("stride", stride), ("padding", padding), ("dilation", dilation))
+    k, s, p, d = (as_tuple(value, rank, name, what) for what, value in named)
+    check_steps(name, k, s, p, d)
+    k, s, p, d = lift(k, 1), lift(s, 1), lift(p, 0), lift(d, 1)
+    ceil = _bool(name, "ceil_mode", ceil_mode)
+    out = tuple(pool_out_size(*axis, ceil) for axis in zip(size, k, s, p, d, strict=True))
+    if min(out) < 1:
+        raise RuntimeError(
+            f"{name}: given input size {tuple(size)[-rank:]}, calculated output size {out[-rank:]}, which is too "
+            f"small; kernel {k[-rank:]}, padding {p[-rank:]}, dilation {d[-rank:]}: enlarge the input"
+        )
+    return out, k, s, p, d
+
+
+def _adaptive(name: str, rank: int, size: Ints, output_size: Any) -> How:
+    if rank > 1 and isinstance(output_size, (tuple, list)) and len(output_size) == rank:
+        output_size = tuple(i if o is None else o for o, i in zip(output_size, size[-rank:], strict=True))
+    if isinstance(output_size, (tuple, list)) and len(output_size) != rank:
+        raise RuntimeError(f"{name}: output_size must have {rank} entries, one for each of {SPATIAL_NAMES[rank]}, got "
+                           f"{output_size}")  # fmt: skip
+    out = as_tuple(output_size, rank, name, "output_size")
+    if min(out) < 0:
+        raise RuntimeError(f"{name}: elements of output_size must not be negative, received {output_size}")
+    return lift(out, 1), (), (), (), ()
+
+
+def _maximum(rank: int, x: Tensor, batched: bool, how: How, return_indices: bool) -> Any:
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    y, codes = max_pool(x, *how, bool(return_indices or differentiated))
+    if not return_indices:
+        return from_3d(y, rank, batched)
+    indices = max_pool_indices(codes, x.shape[2:], *how)
+    return from_3d(y, rank, batched), from_3d(indices, rank, batched)
+
+
+def maximum(rank: int, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool,
+            return_indices: bool) -> Any:  # fmt: skip
+    """torch.nn.functional.max_pool{rank}d. x (N, C, *spatial) or (C, *spatial); returns y, or (y, indices) with
+    int64 indices into the flat input plane.
+
+    >>> maximum(1, torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2, None, 0, 1, False, True)
+    (tensor([[3., 3.]]), tensor([[1, 2]]))
+    """
+    name = f"max_pool{rank}d"
+    x, batched = _lifted(name, rank, x, rank + 1)
+    how = _windows(name, rank, x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+    return _maximum(rank, x, batched, how, return_indices)
+
+
+def average(rank: int, x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool,
+            divisor_override: int | None) -> Tensor:  # fmt: skip
+    """torch.nn.functional.avg_pool{rank}d. x (N, C, *spatial) or (C, *spatial).
+
+    >>> average(1, torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2, None, 0, False, True, None)
+    tensor([[2.0000, 2.5000]])
+    """
+    name = f"avg_pool{rank}d"
+    if isinstance(divisor_override, bool) or not isinstance(
+        divisor_override, (int, torch.SymInt, type(None))
+    ):
+        raise TypeError(
+            f"{name}(): argument 'divisor_override' must be int, not {type(divisor_override).__name__}"
+        )
+    if divisor_override == 0:
+        raise RuntimeError(
+            f"{name}: divisor must be not zero; leave divisor_override out for the window's size"
+        )
+    x, batched = _lifted(name, rank, x, rank + 1)
+    how = _windows(name, rank, x.shape[2:], kernel, stride, padding, 1, ceil_mode)
+    if rank == 3 and any(
+        k > i for k, i in zip(how[1], x.shape[2:], strict=True)
+    ):  # torch's rule in 3-D alone
+        raise RuntimeError(
+            f"{name}: input image {tuple(x.shape[2:])} smaller than kernel size {how[1]}; pad it first"
+        )
+    y = avg_pool(x, *how, _bool(name, "count_include_pad", count_include_pad), divisor_override or 0)
+    return from_3d(y, rank, batched)
+
+
+def adaptive_maximum(rank: int, x: Tensor, output_size: Any, return_indices: bool) -> Any:
+    """torch.nn.functional.adaptive_max_pool{rank}d. x (N, C, *spatial) or (C, *spatial); None in output_size
+    keeps that extent.
+
+    >>> adaptive_maximum(1, torch.tensor([[1.0, 3.0, 3.0, 2.0, 5.0]]), 2, False)
+    tensor([[3., 5.]])
+    """
+    name = f"adaptive_max_pool{rank}d"
+    x, batched = _lifted(name, rank, x, None)
+    return _maximum(rank, x, batched, _adaptive(name, rank, x.shape[2:], output_size), return_indices)
+
+
+def adaptive_average(rank: int, x: Tensor, output_size: Any) -> Tensor:
+    """torch.nn.functional.adaptive_avg_pool{rank}d. x (N, C, *spatial) or (C, *spatial); None in output_size
+    keeps that extent.
+
+    >>> adaptive_average(1, torch.tensor([[1.0, 3.0, 2.0, 2.0, 8.0]]), 2)
+    tensor([[2., 4.]])
+    """
+    name = f"adaptive_avg_pool{rank}d"
+    x, batched = _lifted(name, rank, x, None if rank == 3 else rank)
+    y = avg_pool(x, *_adaptive(name, rank, x.shape[2:], output_size), False, 0)
+    return from_3d(y, rank, batched)
