@@ -36,7 +36,7 @@ template <class A>
 inline void choose_tiles(Plan& p) {
   Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
   d->tile = h->tile = 1;
-  int64_t parts = ceil_div(w->count, kTileRows);
+  int64_t parts = ceil_div(w->count, tile_rows(ChannelBlocks<A>(p.K).vectors(0)));
   w->tile = min(w->count, ceil_div(w->count, parts) * ceil_div(parts, ceil_div(parts, 4)));
   for (bool grown = true; grown;) {
     grown = false;
@@ -170,7 +170,8 @@ void run_phase(const Item<A>& it, const Phase* f, const A* panel, const A* bias,
   g.tail = tail;
   int64_t planes = g.taps[kD] * g.taps[kH] * (g.taps[kW] > 0);  // 0: only the bias
   int64_t pass = max<int64_t>(1, kPassProducts / max<int64_t>(1, g.taps[kW] * g.channels));
-  int64_t parts = ceil_div(n[kW], kTileRows), rows = max<int64_t>(1, kPassPixels / max<int64_t>(1, n[kW]));
+  constexpr int R = tile_rows(V);
+  int64_t parts = ceil_div(n[kW], R), rows = max<int64_t>(1, kPassPixels / max<int64_t>(1, n[kW]));
   for (int64_t d = 0; d < n[kD]; ++d)
     for (int64_t first = 0; first < n[kH]; first += rows)
       for (g.begin = 0; g.begin == 0 || g.begin < planes; g.begin += pass) {
@@ -181,7 +182,7 @@ void run_phase(const Item<A>& it, const Phase* f, const A* panel, const A* bias,
           A* y = out + d * y_step[kD] + h * y_step[kH];
           for (int64_t i = 0; i < parts; ++i) {
             Range r = piece(n[kW], parts, i);
-            with_rows(r.end - r.begin, [&](auto T) {
+            with_rows<R>(r.end - r.begin, [&](auto T) {
               correlate_tile<A, T(), V>(g, row + r.begin * g.x_row, panel, y + r.begin * g.y_row);
             });
           }

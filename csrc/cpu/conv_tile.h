@@ -110,23 +110,26 @@ inline int team(const ConvGeometry& g, int threads) {
   return flops < 4e6 ? 1 : threads;
 }
 
-// Output channels go in blocks of two vectors; a last block of at most one vector is narrower.
+// Output channels go in blocks of kTileVectors vectors; a last block may have fewer.
 template <class A>
 struct ChannelBlocks {
   static constexpr int64_t width = kTileVectors * kLanes<A>;
   int64_t channels, count;
   explicit ChannelBlocks(int64_t channels) : channels(channels), count(ceil_div(channels, width)) {}
   int64_t used(int64_t i) const { return min(width, channels - i * width); }
-  int vectors(int64_t i) const { return used(i) > kLanes<A> ? 2 : 1; }
+  int vectors(int64_t i) const { return int(ceil_div(used(i), kLanes<A>)); }
   int tail(int64_t i) const { return int(used(i) - (vectors(i) - 1) * kLanes<A>); }
   int64_t padded_width(int64_t i) const { return vectors(i) * kLanes<A>; }
   int64_t padded() const { return (count - 1) * width + padded_width(count - 1); }
 };
 
-template <class F>
+// Calls f with the tile's width as a compile-time number.
+template <int V = kTileVectors, class F>
 inline void with_vectors(int vectors, const F& f) {
-  if (vectors == 1) f(std::integral_constant<int, 1>{});
-  else f(std::integral_constant<int, 2>{});
+  if constexpr (V > 1) {
+    if (vectors < V) return with_vectors<V - 1>(vectors, f);
+  }
+  f(std::integral_constant<int, V>{});
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 //
 // Rows of the register tile are input channels (with the taps along W where they are adjacent), lanes
 // are output channels, and the sum runs over pixels. An item is (piece of the outputs, group, block of
-// 32 output channels, block of 64 input channels); each piece sums into a panel of its own, and the
+// output channels, block of input channels); each piece sums into a panel of its own, and the
 // panels are added in order: no atomics, and the same bits for every number of threads.
 #include <type_traits>
 
@@ -113,7 +113,8 @@ void add_tile(const Plan& p, const TileAxis* t, const PackedAxis* packed, const 
   if (t[kW].tap_step == 1) rows *= taps_w, taps_w = 1;  // (tap, c) is contiguous: one run of rows
   OuterTile<A> o{
       {t[kH].n, t[kW].n}, {t[kH].out_step * x_axis[kH], t[kW].out_step * x_axis[kW]}, {dy.axis[kH], dy.axis[kW]}};
-  int64_t parts = ceil_div(rows, kTileRows);
+  constexpr int R = tile_rows(V);
+  int64_t parts = ceil_div(rows, R);
   for (int64_t d = 0; d < t[kD].n; ++d)
     for (int64_t kd = 0; kd < p.axis[kD].kernel; ++kd)
       for (int64_t kh = 0; kh < p.axis[kH].kernel; ++kh)
@@ -123,7 +124,7 @@ void add_tile(const Plan& p, const TileAxis* t, const PackedAxis* packed, const 
           A* dw = panel + ((kd * p.axis[kH].kernel + kh) * taps_w + kw) * rows * width;
           for (int64_t i = 0; i < parts; ++i) {
             Range r = piece(rows, parts, i);
-            with_rows(r.end - r.begin, [&](auto T) {
+            with_rows<R>(r.end - r.begin, [&](auto T) {
               outer_tile<A, T(), V>(o, x + r.begin, dy.data + d * dy.axis[kD], dw + r.begin * width);
             });
           }

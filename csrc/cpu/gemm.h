@@ -109,8 +109,8 @@ __attribute__((noinline)) void outer_tile(const OuterTile<A>& g, const A* x, con
     for (int v = 0; v < V; ++v) store(dw + (t * V + v) * L, load(dw + (t * V + v) * L) + acc[t][v]);
 }
 
-// Calls f with the tile height as a compile-time number, 1 <= rows <= kTileRows.
-template <int T = kTileRows, class F>
+// Calls f with the tile height as a compile-time number, 1 <= rows <= T.
+template <int T, class F>
 inline void with_rows(int64_t rows, const F& f) {
   if constexpr (T > 1) {
     if (rows < T) return with_rows<T - 1>(rows, f);

@@ -19,15 +19,19 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 14;  // 14 x 2 accumulators + 2 weights + 1 input of 32 registers
+constexpr int kTileSums = 28;  // accumulators of a register tile: 7 x 4, with 3 + 1 of 32 registers for its operands
+constexpr int kTileVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 6;  // 6 x 2 accumulators + 2 weights + 1 input of 16 registers
+constexpr int kTileSums = 12;  // 6 x 2, with 2 + 1 of 16 registers for the operands
+constexpr int kTileVectors = 2;
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 6;
-#endif
+constexpr int kTileSums = 12;
 constexpr int kTileVectors = 2;
+#endif
+// Rows of a tile of V vectors: wide and low, for the fewest loads; a tile of one vector needs no more than two have.
+constexpr int tile_rows(int V) { return kTileSums / (V > 1 ? V : 2); }
 
 template <class A>
 struct VecOf {

@@ -2,7 +2,8 @@
 
 Ours and torch's are timed in turn, one call each, and the median is printed; torch runs in both memory formats
 and its better one counts. Both get freed memory kept (`memory.keep_freed`), so that neither pays page faults.
-The fraction of peak is of the FMA rate measured in the same run; GFLOP/s count the definition's arithmetic.
+The fraction of peak is of the FMA rate measured between these calls, since clocks fall under load; GFLOP/s count
+the definition's arithmetic.
 """
 
 from __future__ import annotations
@@ -67,16 +68,16 @@ class Row:
         return self.torch_ms / self.ms
 
 
-def fma_peak(seconds: float = 0.2) -> float:
-    """GFLOP/s of independent fused multiply-adds on all threads: the best of five tries."""
-    threads, rounds = torch.get_num_threads(), 200_000
-    best = 0.0
-    start = time.perf_counter()
-    while time.perf_counter() - start < 5 * seconds:
-        t = time.perf_counter()
+def fma_peak(seconds: float = 0.02) -> float:
+    """GFLOP/s of independent fused multiply-adds on all threads, for about that long after a first estimate."""
+    threads, rounds = torch.get_num_threads(), 100_000
+    while True:
+        start = time.perf_counter()
         flops = _C.fma_peak(rounds, threads)
-        best = max(best, flops / (time.perf_counter() - t) / 1e9)
-    return best
+        spent = time.perf_counter() - start
+        if spent > seconds / 2:
+            return flops / spent / 1e9
+        rounds = round(rounds * min(10, seconds / spent))
 
 
 def convolution(module: Any, p: Problem, x: Tensor, w: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def layouts(p: Problem, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t.contiguous(memory_format=formats[p.rank]) for t in tensors)
 
 
-def measure(p: Problem, directions: tuple[str, ...], repeats: int, peak: float) -> Iterator[Row]:
+def measure(p: Problem, directions: tuple[str, ...], repeats: int) -> Iterator[Row]:
     """A Row for each direction; ours channels-last, the layout that networks run in inside convoxel."""
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (torch.randn(s, generator=generator) for s in (p.x_shape, p.w_shape, p.y_shape))
@@ -160,8 +161,8 @@ def measure(p: Problem, directions: tuple[str, ...], repeats: int, peak: float) 
         errors = [relative_error(s[direction](), reference) for s in (ours, theirs[-1])]
         for step in (ours, *theirs):
             step[direction]()
-        times = [[timed(s[direction]) for s in (ours, *theirs)] for _ in range(repeats)]
-        ms, *others = (statistics.median(column) for column in zip(*times, strict=True))
+        turns = [(fma_peak(), *(timed(s[direction]) for s in (ours, *theirs))) for _ in range(repeats)]
+        peak, ms, *others = (statistics.median(column) for column in zip(*turns, strict=True))
         gflops = p.flops / ms / 1e6
         yield Row(str(p), direction, ms, min(others), gflops, gflops / peak, *errors)
 
@@ -208,12 +209,11 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     kept = memory.keep_freed(True)
-    peak = fma_peak()
-    machine = {**runtime.info(), "FMA peak, GFLOP/s": round(peak), "freed memory kept": kept}
+    machine = {**runtime.info(), "FMA peak, GFLOP/s": round(fma_peak()), "freed memory kept": kept}
     print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", HEADER, sep="\n", flush=True)
     rows = []
     for p in problems:
-        for row in measure(p, directions, args.repeats, peak):
+        for row in measure(p, directions, args.repeats):
             rows.append(row)
             print(line(row), flush=True)
     for direction in directions:
