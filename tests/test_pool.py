@@ -173,6 +173,26 @@ def test_the_mean_of_a_scan_keeps_its_digits(last: bool, isa: str) -> None:
     assert error.abs().max() < 2e-7 * 1e4
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "name,width,how",
+    [
+        ("max_pool", 1800, {"kernel_size": (1, 900), "stride": 1}),
+        ("adaptive_max_pool", 7, {"output_size": (1, 3000)}),
+        ("avg_pool", 1800, {"kernel_size": (1, 900), "stride": 1, "divisor_override": 1}),
+    ],
+)
+def test_bfloat16_gradients_are_summed_in_float32(name: str, width: int, how, last: bool, isa: str) -> None:
+    """A sum of ones in bfloat16 would stop at 256."""
+    x = laid_out(torch.zeros(1, 3, 2, width).bfloat16(), last)
+    x[..., width // 2] = 1
+    dy = torch.ones(pool(T, name, x.float(), **how).shape)
+    expected = value_and_gradient(T, name, x.float(), dy, **how)[1]
+    assert expected.max() > 256
+    got = value_and_gradient(F, name, x, dy.bfloat16(), **how)[1]
+    assert torch.equal(got, expected.bfloat16())
+
+
 @pytest.mark.parametrize("dy_last", [False, True])
 @pytest.mark.parametrize("name,args", [("max_pool", (2,)), ("avg_pool", (2,)), ("adaptive_avg_pool", (3,))])
 def test_layouts_are_torchs(name: str, args, dy_last: bool) -> None:

@@ -31,6 +31,8 @@ def as_tuple(value: Any, rank: int, what: str, name: str) -> tuple[int, ...]:
     Raises TypeError for anything but integers, ValueError beyond 64 bits, RuntimeError for a wrong count, all as
     torch does.
     """
+    if type(value) is int and abs(value) < 2**63:  # nearly every call, without the checks of the others
+        return (value,) * rank
     if is_integer(value):
         value = (value,) * rank
     if not isinstance(value, (tuple, list, torch.Size)) or not all(map(is_integer, value)):
