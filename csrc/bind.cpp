@@ -14,11 +14,12 @@ namespace {
 
 typedef uintptr_t Pointer;
 
-// (N, C, K, groups, then per axis D, H, W: in, out, kernel, stride, padding, dilation, x_last, y_last)
-typedef std::array<int64_t, 24> ConvNumbers;
+// (N, C, K, groups, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then x_last, y_last, and a
+// tile's extents)
+typedef std::array<int64_t, 27> ConvNumbers;
 
 ConvGeometry geometry(const ConvNumbers& n) {
-  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0};
+  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, {int(n[24]), int(n[25]), int(n[26])}};
   for (int a = 0; a < kAxes; ++a) {
     const int64_t* p = &n[4 + 6 * a];
     g.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]};
@@ -27,22 +28,29 @@ ConvGeometry geometry(const ConvNumbers& n) {
 }
 
 // One Python function a kernel, and one for the scratch that it wants.
-void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const Kernels&, int),
-               ConvScratch (*scratch)(const Kernels&, int)) {
+void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const ConvGeometry&, int),
+               ConvScratch (*scratch)(const ConvGeometry&, int)) {
   m.def(
       name,
       [function](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer b, Pointer y, Pointer scratch,
                  int threads) {
         auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
-        function(active_isa(), dtype)({geometry(numbers), at(x), at(w), at(b), at(y), at(scratch), threads});
+        ConvGeometry g = geometry(numbers);
+        function(g, dtype)({g, at(x), at(w), at(b), at(y), at(scratch), threads});
       },
       py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"), py::arg("scratch"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def((std::string(name) + "_scratch").c_str(),
         [scratch](int dtype, const ConvNumbers& numbers, int threads) {
-          return scratch(active_isa(), dtype)(geometry(numbers), threads);
+          ConvGeometry g = geometry(numbers);
+          return scratch(g, dtype)(g, threads);
         },
         py::arg("dtype"), py::arg("geometry"), py::arg("threads"));
+}
+
+const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
+  const Kernels& k = active_isa();
+  return (g.tile[kW] ? k.conv_winograd : k.conv_direct)[dtype];
 }
 
 void bind_resample(py::module_& m) {
@@ -189,17 +197,17 @@ PYBIND11_MODULE(_C, m) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   bind_conv(
-      m, "conv_forward", [](const Kernels& k, int t) { return k.conv_direct[t].forward; },
-      [](const Kernels& k, int t) { return k.conv_direct[t].forward_scratch; });
+      m, "conv_forward", [](const ConvGeometry& g, int t) { return correlate(g, t).forward; },
+      [](const ConvGeometry& g, int t) { return correlate(g, t).forward_scratch; });
   bind_conv(
-      m, "conv_input_grad", [](const Kernels& k, int t) { return k.conv_direct[t].input_grad; },
-      [](const Kernels& k, int t) { return k.conv_direct[t].input_grad_scratch; });
+      m, "conv_input_grad", [](const ConvGeometry& g, int t) { return correlate(g, t).input_grad; },
+      [](const ConvGeometry& g, int t) { return correlate(g, t).input_grad_scratch; });
   bind_conv(
-      m, "conv_weight_grad", [](const Kernels& k, int t) { return k.conv_weight_grad[t].weight_grad; },
-      [](const Kernels& k, int t) { return k.conv_weight_grad[t].weight_grad_scratch; });
+      m, "conv_weight_grad", [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].weight_grad; },
+      [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].weight_grad_scratch; });
   bind_conv(
-      m, "conv_bias_grad", [](const Kernels& k, int t) { return k.conv_weight_grad[t].bias_grad; },
-      [](const Kernels& k, int t) { return k.conv_weight_grad[t].bias_grad_scratch; });
+      m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].bias_grad; },
+      [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].bias_grad_scratch; });
   bind_norm(m);
   bind_activation(m);
   bind_resample(m);

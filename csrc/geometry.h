@@ -17,6 +17,7 @@ struct ConvGeometry {
   int64_t N, C, K, groups;
   ConvAxis axis[kAxes];
   bool x_last, y_last;  // channels-last storage of x (and dx), of y (and dy)
+  int tile[kAxes];      // Winograd: outputs of a tile along each axis, 4 or 2, 1 where the kernel has one tap
 };
 
 }  // namespace convoxel

@@ -20,7 +20,8 @@ struct ConvCall {
 typedef void (*ConvFunction)(const ConvCall&);
 typedef int64_t (*ConvScratch)(const ConvGeometry&, int threads);  // bytes
 
-struct ConvDirect {
+// The same two by every algorithm; nullptr: not for this dtype.
+struct ConvCorrelate {
   ConvFunction forward;     // y = F(x, w) + b
   ConvFunction input_grad;  // x = G(y, w) + b: also the transposed convolution
   ConvScratch forward_scratch, input_grad_scratch;
@@ -135,7 +136,8 @@ struct AvgPool {
 
 struct Kernels {
   const char* isa;
-  const ConvDirect* conv_direct;  // [kDTypes], as all that follow
+  const ConvCorrelate* conv_direct;  // [kDTypes], as all that follow
+  const ConvCorrelate* conv_winograd;
   const ConvWeightGrad* conv_weight_grad;
   const Norm* norm;
   const Activation* activation;

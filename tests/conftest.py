@@ -13,6 +13,8 @@ def _fresh_runtime() -> Iterator[None]:
     torch.set_num_threads(2)
     convoxel.set_strict(False)
     convoxel.set_isa(convoxel.isas()[-1])
+    convoxel.set_conv_algorithm("auto")
+    convoxel.set_float32_conv_precision("high")
     convoxel.reset_stats()
     yield
 

@@ -101,6 +101,7 @@ def test_many_python_threads_on_shared_layers_give_the_right_bits() -> None:
 def test_other_python_threads_run_during_a_kernel() -> None:
     """Heartbeats of another thread within a single call; with the GIL held there would be none."""
     convoxel.set_isa("baseline")
+    convoxel.set_conv_algorithm("direct")
     torch.set_num_threads(1)
     x, w = torch.ones(1, 32, 24, 24, 24), torch.ones(64, 32, 3, 3, 3)
     beats: list[float] = []

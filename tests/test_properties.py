@@ -30,6 +30,12 @@ Draw = st.DrawFn
 # What is drawn ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _direct() -> None:
+    """What is exact on integers; Winograd's algorithm rounds."""
+    convoxel.set_conv_algorithm("direct")
+
+
 @st.composite
 def problems(draw: Draw, dtypes: tuple[str, ...] = ("f32", "f64", "bf16")) -> Problem:
     """A convolution or transposed convolution whose output is not empty, with up to 700 voxels a plane."""

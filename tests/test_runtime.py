@@ -133,7 +133,9 @@ def test_settings_come_from_the_environment() -> None:
     )
     assert "baseline direct True" in out and "conv1d: not served by convoxel: dtype torch.float16" in out
     assert re.search(
-        r"^convoxel conv conv n1 c1 k1 i1x1x5 f1x1x3 nobias direct baseline [\d.]+ ms$", out, re.M
+        r"^convoxel conv conv n1 c1 k1 i1x1x5 f1x1x3 nobias direct baseline [\d.]+ ms \(algorithm direct is set\)$",
+        out,
+        re.M,
     )
 
 
@@ -170,7 +172,9 @@ def verbose_lines(capsys: pytest.CaptureFixture[str], call) -> list[tuple[str, .
     finally:
         runtime._state.verbose = False
     lines = capsys.readouterr().err.splitlines()
-    matches = [re.fullmatch(r"convoxel (\w+) (.+) (\w+) (\w+) (\d+\.\d+) ms", line) for line in lines]
+    matches = [
+        re.fullmatch(r"convoxel (\w+) (.+) (\w+) (\w+) (\d+\.\d+) ms( \(.+\))?", line) for line in lines
+    ]
     assert all(matches), lines
     return [m.groups() for m in matches if m]
 
@@ -194,7 +198,7 @@ def test_verbose_lines_hold_a_problem_that_parses_back(text: str, capsys: pytest
     lines = verbose_lines(capsys, lambda: call().sum().backward())
     ops = ["conv", "conv_input_grad", "conv_weight_grad"] + ["conv_bias_grad"] * p.bias
     assert [line[0] for line in lines] == ops
-    for op, problem, algorithm, isa, _ in lines[:3]:
+    for op, problem, algorithm, isa, *_ in lines[:3]:
         q = Problem.parse(problem)
         fill = (1,) * (3 - p.rank)
         assert (q.x_shape, q.w_shape) == (

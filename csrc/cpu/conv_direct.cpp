@@ -84,50 +84,7 @@ Plan make_plan(const ConvGeometry& g, bool transposed) {
   return p;
 }
 
-// Packed weights ------------------------------------------------------------------------------------
-
-// Rows of w (output channels) become vectors: F reads runs of (c, tap), G runs of taps, flipped.
-template <class S, class A>
-void pack_weights(const Plan& p, const S* w, A* panel, int threads) {
-  constexpr int L = kLanes<A>;
-  ChannelBlocks<A> blocks(p.K);
-  int64_t c_blocks = ceil_div(p.C, p.channel_block);
-  int64_t k_step = (p.transposed ? 1 : p.C) * p.taps, c_step = (p.transposed ? p.K : 1) * p.taps;
-  parallel_for(threads, p.groups * blocks.count * c_blocks, [&](int64_t item, int) {
-    int64_t cb = item % c_blocks, kb = item / c_blocks % blocks.count, group = item / c_blocks / blocks.count;
-    int64_t c0 = cb * p.channel_block, channels = min(p.channel_block, p.C - c0), width = blocks.padded_width(kb);
-    A* to = panel + (group * blocks.padded() + kb * blocks.width) * p.C * p.taps + c0 * p.taps * width;
-    const S* from = w + group * p.C * p.K * p.taps + kb * blocks.width * k_step + c0 * c_step;
-    int64_t runs = p.transposed ? channels : 1, run = p.transposed ? p.taps : channels * p.taps;
-    for (int v = 0; v < blocks.vectors(kb); ++v, from += L * k_step, to += L) {
-      int rows = v == blocks.vectors(kb) - 1 ? blocks.tail(kb) : L;
-      for (int64_t u = 0; u < runs; ++u)
-        for (int64_t j = 0; j < run; j += L) {
-          int n = int(min<int64_t>(L, run - j));
-          Vec<A> r[L];
-          if (k_step == 1) {
-            r[0] = load(from + u * c_step, rows);
-          } else {
-            for (int i = 0; i < L; ++i) r[i] = i < rows ? load(from + i * k_step + u * c_step + j, n) : Vec<A>{};
-            transpose_block<A>(r);
-          }
-          for (int i = 0; i < n; ++i) {
-            int64_t c = p.transposed ? u : (j + i) / p.taps;
-            int64_t tap = p.transposed ? p.taps - 1 - (j + i) : (j + i) % p.taps;
-            store(to + (tap * channels + c) * width, r[i]);
-          }
-        }
-    }
-  });
-}
-
 // One item ------------------------------------------------------------------------------------------
-
-template <class A>
-struct Target {  // where a tile's sums go: the output itself, or scratch that is flushed afterwards
-  A* data;
-  int64_t axis[kAxes];  // step per output position
-};
 
 template <class A>
 struct Item {
@@ -202,31 +159,11 @@ void run_block(const Item<A>& it, const A* panel, const A* bias, int vectors, in
       }
 }
 
-// The finished tile [D, H, W, width] of compute type goes to the output's layout and storage type.
-template <class S, class A>
-void flush(const Item<A>& it, const View<S>& y, int64_t n, int64_t k, int64_t channels) {
-  int64_t begin[kAxes], size[kAxes];
-  for (int a = 0; a < kAxes; ++a) {
-    const Axis& t = it.p->axis[a];
-    begin[a] = it.tile[a].begin * t.phases;
-    size[a] = min(it.tile[a].n * t.phases, t.out - begin[a]);
-  }
-  for (int64_t d = 0; d < size[kD]; ++d)
-    for (int64_t h = 0; h < size[kH]; ++h) {
-      const A* src = it.target.data + d * it.target.axis[kD] + h * it.target.axis[kH];
-      S* dst = y.data + n * y.n + k * y.c + (begin[kD] + d) * y.axis[kD] + (begin[kH] + h) * y.axis[kH] +
-               begin[kW] * y.axis[kW];
-      if (y.c != 1) transpose(src, it.target.axis[kW], dst, y.c, size[kW], channels);
-      else
-        for (int64_t i = 0; i < size[kW]; ++i) convert(src + i * it.target.axis[kW], dst + i * y.axis[kW], channels);
-    }
-}
-
 template <class S, class A>
 void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, char* scratch, int threads) {
   ChannelBlocks<A> blocks(p.K);
   A* panel = take<A>(scratch, p.panel);
-  pack_weights(p, w, panel, threads);
+  pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.channel_block}, blocks, w, panel, threads);
   constexpr bool same = std::is_same<S, A>::value;
   bool direct = same && y.c == 1;  // sums go straight to the output
   int64_t chunks = ceil_div(blocks.count, p.blocks_per_item), width = p.blocks_per_item * blocks.width;
@@ -250,19 +187,15 @@ void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const Vi
     int64_t k0 = first * blocks.width, channels = min(p.K - k0, width);
     zero(bias, width);
     if (b) convert(b + group * p.K + k0, bias, channels);
-    if constexpr (same) {
-      if (direct) {
-        A* data = y.data + n * y.n + (group * p.K + k0);
-        for (int a = 0; a < kAxes; ++a) {
-          it.target.axis[a] = y.axis[a];
-          data += it.tile[a].begin * p.axis[a].phases * y.axis[a];
-        }
-        it.target.data = data;
-      }
+    Box box;
+    for (int a = 0; a < kAxes; ++a) {
+      box.begin[a] = it.tile[a].begin * p.axis[a].phases;
+      box.size[a] = min(it.tile[a].n * p.axis[a].phases, p.axis[a].out - box.begin[a]);
     }
-    if (!direct) {
-      int64_t sw = p.axis[kW].tile * p.axis[kW].phases, sh = p.axis[kH].tile * p.axis[kH].phases;
-      it.target = {out_tile, {sh * sw * width, sw * width, width}};
+    int64_t sw = p.axis[kW].tile * p.axis[kW].phases, sh = p.axis[kH].tile * p.axis[kH].phases;
+    it.target = {out_tile, {sh * sw * width, sw * width, width}};
+    if constexpr (same) {
+      if (direct) it.target = target_in(y, box, n, group * p.K + k0);
     }
     for (int64_t c = 0; c < p.C; c += p.channel_block) {
       it.channels = min(p.channel_block, p.C - c);
@@ -275,7 +208,7 @@ void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const Vi
                   it.target.data + at);
       }
     }
-    if (!direct) flush(it, y, n, group * p.K + k0, channels);
+    if (!direct) flush(it.target, y, box, n, group * p.K + k0, channels);
   });
 }
 
@@ -308,14 +241,14 @@ int64_t correlate_scratch(const ConvGeometry& g, int threads) {
 }
 
 template <class S>
-constexpr ConvDirect entries() {
+constexpr ConvCorrelate entries() {
   return {forward<S>, input_grad<S>, correlate_scratch<S, false>, correlate_scratch<S, true>};
 }
 
 }  // namespace
 
 namespace CONVOXEL_ISA {
-extern const ConvDirect conv_direct[kDTypes] = {entries<float>(), entries<bfloat16>(), entries<double>()};
+extern const ConvCorrelate conv_direct[kDTypes] = {entries<float>(), entries<bfloat16>(), entries<double>()};
 }
 
 }  // namespace convoxel

@@ -4,7 +4,8 @@
 
 namespace convoxel {
 namespace CONVOXEL_ISA {
-extern const ConvDirect conv_direct[kDTypes];
+extern const ConvCorrelate conv_direct[kDTypes];
+extern const ConvCorrelate conv_winograd[kDTypes];
 extern const ConvWeightGrad conv_weight_grad[kDTypes];
 extern const Norm norm[kDTypes];
 extern const Activation activation[kDTypes];

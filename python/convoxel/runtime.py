@@ -18,7 +18,7 @@ import torch  # before _C: both then share torch's OpenMP threads
 from . import _C
 
 PRECISIONS = ("highest", "high", "medium")
-ALGORITHMS = ("auto", "direct")
+ALGORITHMS = ("auto", "direct", "winograd")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # as csrc/dtype.h numbers them
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "off": False,
@@ -90,7 +90,8 @@ def set_float32_conv_precision(precision: str) -> None:
     """ "highest", "high" (default) or "medium", in the words of torch.set_float32_matmul_precision.
 
     `highest`: error against float64 at most twice torch's own. `high`: relative L2 error at most 1e-5.
-    `medium`: bfloat16 arithmetic allowed. The direct convolution keeps `highest` at every setting.
+    `medium`: bfloat16 arithmetic allowed. The direct convolution keeps `highest` at every setting; Winograd's
+    keeps `high`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
@@ -102,7 +103,8 @@ def get_float32_conv_precision() -> str:
 
 
 def set_conv_algorithm(algorithm: str) -> None:
-    """Which convolution algorithm to use: "auto" or "direct" (also CONVOXEL_CONV_ALGORITHM)."""
+    """Which convolution algorithm to use (also CONVOXEL_CONV_ALGORITHM): "auto", by shape, dtype and precision;
+    "direct"; or "winograd" wherever it is possible, without regard to precision and speed."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
     _state.algorithm = algorithm
@@ -142,8 +144,8 @@ def handed(op: str, reason: str) -> None:
 
 
 @contextmanager
-def serve(op: str, algorithm: str, describe: Callable[[], str]) -> Iterator[None]:
-    """Around a kernel: counts it, and prints one line of it when CONVOXEL_VERBOSE=1."""
+def serve(op: str, algorithm: str, describe: Callable[[], str], why: str = "") -> Iterator[None]:
+    """Around a kernel: counts it, and prints one line of it when CONVOXEL_VERBOSE=1; why: this algorithm."""
     name = _C.isa()
     with _state.lock:
         _state.served[(op, algorithm, name)] += 1
@@ -153,7 +155,7 @@ def serve(op: str, algorithm: str, describe: Callable[[], str]) -> Iterator[None
     start = time.perf_counter()
     yield
     ms = 1e3 * (time.perf_counter() - start)
-    print(f"convoxel {op} {describe()} {algorithm} {name} {ms:.3f} ms", file=sys.stderr)
+    print(f"convoxel {op} {describe()} {algorithm} {name} {ms:.3f} ms{why and f' ({why})'}", file=sys.stderr)
 
 
 def stats() -> dict[str, dict[str, Any]]:

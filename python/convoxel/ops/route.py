@@ -1,0 +1,108 @@
+"""Which algorithm computes a convolution: from shape, dtype and precision, in this place alone.
+
+    direct    the definition: every kernel, stride and dilation; keeps precision `highest`
+    winograd  three taps along H and W, three or one along D, stride and dilation 1: tiles of 4 or 2 outputs an axis
+              need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6
+
+Where both are possible, the lower estimate of cycles decides. Its constants were measured on one core of an Intel
+Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, prod
+
+import torch
+
+Tile = tuple[int, int, int]
+LANES = 16
+
+
+@dataclass(frozen=True)
+class Route:
+    algorithm: str
+    tile: Tile  # outputs of a tile along D, H, W; zeros: direct
+    why: str  # this one: for CONVOXEL_VERBOSE
+
+
+DIRECT = Route("direct", (0, 0, 0), "")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A correlation: images, groups, C to K channels of a group, outputs and taps along D, H, W."""
+
+    images: int
+    groups: int
+    c: int
+    k: int
+    out: tuple[int, ...]
+    taps: tuple[int, ...]
+
+    @property
+    def k_vectors(self) -> int:
+        return ceil(self.k / LANES)
+
+
+def direct_cycles(work: Work) -> float:
+    """Two multiply-adds of a vector a cycle, of which the direct engine reaches 0.8."""
+    pixels = work.images * work.groups * prod(work.out)
+    return pixels * prod(work.taps) * work.c * work.k_vectors / 2 / 0.8
+
+
+def winograd_cycles(work: Work, tile: Tile) -> float:
+    """Products at 0.68 of the peak; 18 and 9 cycles a point for the transforms of a vector of x and of y; weights
+    of more than 1 MiB are transformed and read again from a far cache, the reading shared by 32 tiles."""
+    points = prod(m + 2 if m > 1 else 1 for m in tile)
+    tiles = work.images * prod(ceil(n / m) for n, m in zip(work.out, tile, strict=True))
+    products = tiles * points * work.c * work.k_vectors / 2 / 0.68
+    transforms = tiles * points * (18 * ceil(work.c / LANES) + 9 * work.k_vectors)
+    vectors = points * work.c * work.k_vectors
+    far = vectors * LANES * 4 > 2**20
+    weights = vectors * (26 + ceil(tiles / 32) * 64 * 0.15 if far else 6)
+    return work.groups * (products + transforms + weights)
+
+
+def tiles(taps: tuple[int, ...]) -> Iterator[Tile]:
+    for d in (4, 2) if taps[0] == 3 else (1,):
+        for hw in (4, 2):
+            yield d, hw, hw
+
+
+def declined(op: str, axes: list[tuple[int, ...]], dtype: torch.dtype, precision: str, algorithm: str) -> str:
+    """Why Winograd's algorithm is out of the question, or nothing."""
+    if op not in ("conv_forward", "conv_input_grad"):
+        return "no other for this gradient"
+    if algorithm == "direct":
+        return "algorithm direct is set"
+    if dtype == torch.float64:
+        return "float64"
+    if dtype == torch.float32 and precision == "highest" and algorithm != "winograd":
+        return "precision highest is set"
+    _, _, kernel, stride, _, dilation = zip(*axes, strict=True)
+    if kernel[0] not in (1, 3) or kernel[1:] != (3, 3):
+        return "other taps than 3 x 3 (x 3)"
+    if max(stride) > 1 or max(dilation) > 1:
+        return "stride or dilation"
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def choose(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str) -> Route:
+    """geometry: as `ops.conv.numbers` gives it; precision, algorithm: in the words of `runtime`."""
+    images, c, k, groups = geometry[:4]
+    axes = [geometry[4 + 6 * a : 10 + 6 * a] for a in range(3)]
+    if why := declined(op, axes, dtype, precision, algorithm):
+        return Route("direct", DIRECT.tile, why)
+    sizes, outs, taps, *_ = zip(*axes, strict=True)
+    c, k = c // groups, k // groups
+    if op == "conv_input_grad":
+        c, k, outs = k, c, sizes
+    work = Work(images, groups, c, k, outs, taps)
+    cycles, tile = min((winograd_cycles(work, t), t) for t in tiles(taps))
+    if cycles > direct_cycles(work) and algorithm != "winograd":
+        return Route("direct", DIRECT.tile, "Winograd's is not faster here")
+    return Route("winograd", tile, f"tile {'x'.join(map(str, tile))}")
