@@ -114,32 +114,40 @@ inline void with_outputs(int M, const F& f) {
   else f(std::integral_constant<int, 2>{});
 }
 
-// U [group][block of k][h, w point][d point][c][k] from the packed panel [group][block of k][tap][c][k].
+// All points of one vector of weights; `step` lies between the taps, and between the points.
+template <class A>
+void transform_weight(const Plan& p, const A* panel, int64_t step, A* U) {
+  constexpr int L = kLanes<A>;
+  int64_t w_step[2] = {3 * step, step}, point_hw = p.points_d * step;
+  int64_t u_step[2] = {points(p.M[kW]) * point_hw, point_hw}, plane_step[2] = {points(p.M[kW]) * L, L};
+  alignas(64) A work[36 * L], planes[3 * 36 * L];
+  with_outputs(p.M[kW], [&](auto M) {
+    if (p.M[kD] == 1) return transform_plane<WeightTransform, M()>(panel, w_step, work, U, u_step);
+    for (int64_t d = 0; d < 3; ++d)
+      transform_plane<WeightTransform, M()>(panel + d * 9 * step, w_step, work, planes + d * p.points_hw * L,
+                                            plane_step);
+  });
+  if (p.M[kD] == 1) return;
+  for (int64_t q = 0; q < p.points_hw; ++q)
+    with_outputs(p.M[kD], [&](auto M) {
+      transform_line<WeightTransform, M()>(planes + q * L, p.points_hw * L, U + q * point_hw, step);
+    });
+}
+
+// U [group][block of k][h, w point][d point][c][k] from the packed panel [group][block of k][tap][c][k]. An item is
+// a run of channels: threads that write side by side would fetch each other's lines.
 template <class A>
 void transform_weights(const Plan& p, const A* panel, A* U, int threads) {
-  constexpr int L = kLanes<A>;
+  constexpr int64_t share = 32;
   ChannelBlocks<A> blocks(p.K, p.block_vectors);
-  parallel_for(threads, p.groups * blocks.count * p.C, [&](int64_t item, int) {
-    int64_t c = item % p.C, kb = item / p.C % blocks.count, group = item / p.C / blocks.count;
-    int64_t width = blocks.padded_width(kb), step = p.C * width, at = group * blocks.padded() + kb * blocks.width;
-    int64_t w_step[2] = {3 * step, step}, point_hw = p.points_d * step;
-    int64_t u_step[2] = {points(p.M[kW]) * point_hw, point_hw}, plane_step[2] = {points(p.M[kW]) * L, L};
-    alignas(64) A work[36 * L], planes[3 * 36 * L];
-    for (int64_t v = 0; v < width; v += L) {
-      const A* from = panel + at * p.C * p.taps + c * width + v;
-      A* to = U + at * p.C * p.points_d * p.points_hw + c * width + v;
-      with_outputs(p.M[kW], [&](auto M) {
-        if (p.M[kD] == 1) return transform_plane<WeightTransform, M()>(from, w_step, work, to, u_step);
-        for (int64_t d = 0; d < 3; ++d)
-          transform_plane<WeightTransform, M()>(from + d * 9 * step, w_step, work, planes + d * p.points_hw * L,
-                                                plane_step);
-      });
-      if (p.M[kD] == 1) continue;
-      for (int64_t q = 0; q < p.points_hw; ++q)
-        with_outputs(p.M[kD], [&](auto M) {
-          transform_line<WeightTransform, M()>(planes + q * L, p.points_hw * L, to + q * point_hw, step);
-        });
-    }
+  int64_t shares = ceil_div(p.C, share);
+  parallel_for(threads, p.groups * blocks.count * shares, [&](int64_t item, int) {
+    int64_t c0 = item % shares * share, kb = item / shares % blocks.count, group = item / shares / blocks.count;
+    int64_t width = blocks.padded_width(kb), at = (group * blocks.padded() + kb * blocks.width) * p.C;
+    for (int64_t c = c0; c < min(c0 + share, p.C); ++c)
+      for (int64_t k = 0; k < width; k += kLanes<A>)
+        transform_weight(p, panel + at * p.taps + c * width + k, p.C * width,
+                         U + at * p.points_d * p.points_hw + c * width + k);
   });
 }
 

@@ -62,7 +62,7 @@ def winograd_cycles(work: Work, tile: Tile) -> float:
     transforms = tiles * points * (18 * ceil(work.c / LANES) + 9 * work.k_vectors)
     vectors = points * work.c * work.k_vectors
     far = vectors * LANES * 4 > 2**20
-    weights = vectors * (26 + ceil(tiles / 32) * 64 * 0.15 if far else 6)
+    weights = vectors * (60 + ceil(tiles / 32) * 64 * 0.2 if far else 6)
     return work.groups * (products + transforms + weights)
 
 
