@@ -49,7 +49,7 @@ def run(
     recipe = train.recipe(quick, epochs)
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, received {threads}")
-    plots.pyplot()
+    plots.require_matplotlib()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with _settings(threads):

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from .data import smooth_field
 
+DEFORMED = 0.5  # share of the patches that are rotated and scaled; the others keep the sharpness of the scan
 ROTATION = 20.0  # degrees about each axis, at most
 SCALE = (0.85, 1.2)
 GAMMA = 0.3  # exponent of the contrast curve: exp(-GAMMA) to exp(GAMMA)
@@ -55,11 +56,13 @@ class Patches(Dataset):
         """(1, d, h, w, 3): where in the image each voxel of the patch comes from, in [-1, 1], (x, y, z)."""
         patch = torch.tensor(self.size[::-1], dtype=torch.float32)
         whole = torch.tensor(self.image.shape[:1:-1], dtype=torch.float32)
+        turn = torch.eye(3)
+        if torch.rand((), generator=self.generator) < DEFORMED:
+            turn = self._rotation() * self._uniform(*SCALE)
         flips = torch.randint(0, 2, (3,), generator=self.generator) * 2.0 - 1
-        turn = self._rotation() * self._uniform(*SCALE) * flips
         room = (whole - patch).clamp(min=0)
-        centre = (torch.rand(3, generator=self.generator) - 0.5) * room
-        voxels = torch.cat([turn * patch / 2, centre[:, None]], dim=1)
+        first = (torch.rand(3, generator=self.generator) * (room + 1)).floor()  # whole voxels: no blur
+        voxels = torch.cat([turn * flips * patch / 2, (first - room / 2)[:, None]], dim=1)
         return F.affine_grid((voxels * 2 / whole[:, None])[None], [1, 1, *self.size], align_corners=False)
 
     def _rotation(self) -> Tensor:

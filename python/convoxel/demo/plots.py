@@ -42,7 +42,7 @@ def overlay(
 
     All arrays (D, H, W); image in the units of the template, the others class numbers.
     """
-    plt = pyplot()
+    figure_class = require_matplotlib()
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap(COLOURS)
@@ -65,9 +65,8 @@ def overlay(
         ),
     ]
     heights = [np.take(image, i, axis).shape[0] for axis, i in PLANES.values()]
-    figure, axes = plt.subplots(
-        3, 4, figsize=(13, 11), gridspec_kw={"height_ratios": heights}, facecolor="white"
-    )
+    figure = figure_class(figsize=(13, 11))
+    axes = figure.subplots(3, 4, gridspec_kw={"height_ratios": heights})
     for row, (plane, (axis, index)) in enumerate(PLANES.items()):
         outline = np.take(truth, index, axis)
         for column, (title, array, style) in enumerate(columns):
@@ -87,13 +86,12 @@ def overlay(
     )
     figure.subplots_adjust(left=0.03, right=0.99, top=0.89, bottom=0.06, wspace=0.03, hspace=0.03)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def learning_curve(path: Path, curve: dict[str, list[float]], scores: Scores) -> None:
     """Writes the picture: loss per step, and Dice of the training patches per epoch beside the test's."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    figure = require_matplotlib()(figsize=(12, 5))
+    left, right = figure.subplots(1, 2)
     loss, dice = np.array(curve["loss"]), curve["dice"]
     per_epoch = len(loss) // len(dice)
     epochs = np.arange(1, len(dice) + 1)
@@ -112,26 +110,24 @@ def learning_curve(path: Path, curve: dict[str, list[float]], scores: Scores) ->
         mean = float(np.mean(value))
         right.axhline(mean, color=colour, ls="--", label=f"{name}, {mean:.2f}")
     right.set(xlabel="epoch", ylabel="mean Dice of the three tissues", title="Dice", ylim=(0, 1))
-    for ax, place in ((left, "upper right"), (right, "lower right")):
-        ax.legend(loc=place, frameon=False)
+    for ax in (left, right):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+        ax.set_xlim(0, len(dice) * 1.03)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Training a 3D U-Net on one half of MNI152 (one averaged brain, a demonstration)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files; ImportError without matplotlib."""
+def require_matplotlib() -> Any:
+    """matplotlib's Figure, which draws to files without a display; ImportError without matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('the demo needs matplotlib: pip install "convoxel[demo]"') from error
-    matplotlib.use("Agg")  # pictures go to files; no display is needed
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure
 
 
 def _letter(ax: Any, plane: str) -> None:
