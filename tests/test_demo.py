@@ -1,6 +1,7 @@
 """The demonstration: its data, its augmentation, its numbers, and one short run from end to end."""
 
 import json
+import sys
 
 import nibabel
 import numpy as np
@@ -71,6 +72,29 @@ def test_patches_keep_image_and_labels_together(monkeypatch):
     assert len(seen) > 1
     with pytest.raises(IndexError):
         patches[8]
+
+
+def test_bias_field_of_a_patch_varies_as_slowly_as_a_scans(brain):
+    """A patch sees a part of a field as large as a scan: neighbouring voxels differ by little."""
+    patches = train.patches(brain, train.FULL, seed=0)
+    steps = [max(patches._field().diff(dim=axis).abs().max().item() for axis in range(3)) for _ in range(5)]
+    assert patches._field().shape == train.FULL.patch
+    assert 0 < max(steps) < 0.1
+
+
+def test_mirror_mean_is_the_mean_over_eight_mirror_images():
+    """A network that sees only position: its eight mirror images make every corner the same."""
+    position = torch.arange(8.0).reshape(1, 1, 2, 2, 2)
+
+    class Position(nn.Module):
+        def forward(self, x):
+            return torch.cat([position * x, torch.zeros_like(x)], dim=1)
+
+    x = torch.ones(1, 1, 2, 2, 2)
+    mean = train.MirrorMean(Position())(x)
+    assert mean.shape == (1, 2, 2, 2, 2)
+    torch.testing.assert_close(mean[:, 0], torch.full((1, 2, 2, 2), position.sigmoid().mean().item()))
+    torch.testing.assert_close(mean.sum(1), torch.ones(1, 2, 2, 2))
 
 
 def test_patches_follow_their_seed(brain):
@@ -178,3 +202,15 @@ def test_a_missed_target_is_exit_code_1(tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "1", "--threads", "1"]) == 1
     out = capsys.readouterr().out
     assert "Target missed: the mean Dice is 0." in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "package, module", [("nilearn", "nilearn"), ("matplotlib", "matplotlib.figure")], ids=lambda v: v
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(package, module, tmp_path, monkeypatch, capsys):
+    from convoxel import cli
+
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert err == f'convoxel demo: the demo needs {package}: pip install "convoxel[demo]"\n'

@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 
 from .data import smooth_field
 
-DEFORMED = 0.5  # share of the patches that are rotated and scaled; the others keep the sharpness of the scan
+DEFORMED = 0.2  # share of the patches that are rotated and scaled; the others keep the sharpness of the scan
 ROTATION = 20.0  # degrees about each axis, at most
 SCALE = (0.85, 1.2)
-GAMMA = 0.3  # exponent of the contrast curve: exp(-GAMMA) to exp(GAMMA)
-BRIGHTNESS = (0.7, 1.3)
+GAMMA = 0.15  # exponent of the contrast curve: exp(-GAMMA) to exp(GAMMA)
+BRIGHTNESS = (0.8, 1.2)
 BIAS = (0.0, 0.5)
-NOISE = (0.0, 0.15)
+FIELD = (95, 117, 99)  # voxels over which the bias field varies: a whole scan, of which a patch sees a part
+NOISE = (0.06, 0.12)
 
 
 class Patches(Dataset):
@@ -79,9 +80,18 @@ class Patches(Dataset):
 
     def _intensity(self, image: Tensor) -> Tensor:
         image = image.clamp(0, 1) ** math.exp(self._uniform(-GAMMA, GAMMA)) * self._uniform(*BRIGHTNESS)
-        field = smooth_field(self.size, self.generator)
+        field = self._field()
         noise = torch.randn(image.shape, generator=self.generator)
         return image * (1 + self._uniform(*BIAS) * field) + self._uniform(*NOISE) * noise
+
+    def _field(self) -> Tensor:
+        """(d, h, w): a patch somewhere in a new bias field."""
+        whole = [max(sizes) for sizes in zip(FIELD, self.size, strict=True)]
+        field = smooth_field(tuple(whole), self.generator)
+        for axis, (n, m) in enumerate(zip(whole, self.size, strict=True)):
+            first = int(torch.randint(0, n - m + 1, (), generator=self.generator))
+            field = field.narrow(axis, first, m)
+        return field
 
     def _uniform(self, low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=self.generator).item()

@@ -79,12 +79,13 @@ def speeds(network: nn.Module, batch: tuple[Tensor, Tensor], scan: Tensor, repea
 
     batch: (N, 1, d, h, w) and labels (N, d, h, w), for whole training steps (forward, loss, backward,
     optimizer). scan: (1, 1, D, H, W), for inference. The two take turns, so that a machine that is busy
-    with something else is slow for both; each number is the median of `repeats` after one to warm up.
+    with something else is slow for both; each number is the median after one to warm up: of `repeats`
+    passes, and of four times as many training steps, which are short.
     """
     nets = {"convoxel": copy.deepcopy(network), "torch": torch_twin(network)}
     found = {}
     steps = {name: _training_step(net, batch) for name, net in nets.items()}
-    for name, seconds in _in_turns(steps, repeats).items():
+    for name, seconds in _in_turns(steps, 4 * repeats).items():
         found[f"training, {name}"] = batch[0].numel() / seconds
     passes = {name: partial(_infer, net.eval(), scan) for name, net in nets.items()}
     for name, seconds in _in_turns(passes, repeats).items():

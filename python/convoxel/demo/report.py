@@ -20,6 +20,12 @@ ABOUT = (
     "This is a demonstration on one averaged brain. It says nothing about patients: no clinical claim is made."
 )
 
+SPEEDS = (
+    "Training: one step (forward, loss, backward, optimizer) on a patch of {} x {} x {}; inference: one pass of "
+    "the whole scan.\nThe same network and weights, taking turns, medians; both with freed memory kept "
+    "(convoxel.memory.keep_freed)."
+)
+
 
 @dataclass(frozen=True)
 class Scores:

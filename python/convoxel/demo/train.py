@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
+from .. import nn
 from ..callbacks import Callback
 from ..metrics import Dice
 from ..model import Model
@@ -21,10 +24,10 @@ class Recipe:
     """Everything that decides what is trained, and for how long; sizes in voxels, (z, y, x)."""
 
     features: tuple[int, ...] = (16, 32, 64)
-    patch: tuple[int, int, int] = (48, 48, 48)
+    patch: tuple[int, int, int] = (32, 32, 32)
     batch: int = 1
-    epochs: int = 12
-    steps: int = 25  # per epoch
+    epochs: int = 30
+    steps: int = 100  # per epoch
     learning_rate: float = 4e-3
 
 
@@ -46,6 +49,28 @@ def patches(brain: Brain, recipe: Recipe, seed: int) -> Patches:
     """The patches of one epoch, from the training half and nothing else."""
     image, labels = brain.image.array[:, TRAIN], brain.labels.array[:, TRAIN]
     return Patches(image, labels, recipe.patch, recipe.steps * recipe.batch, seed)
+
+
+class MirrorMean(nn.Module):
+    """The mean of a network's class probabilities over the eight mirror images of its input.
+
+    (N, C, D, H, W) -> probabilities (N, K, D, H, W). Patches were mirrored in training too, so every image is
+    one that the network knows, and what noise does to one of them the others do not repeat.
+
+    >>> MirrorMean(network)(torch.zeros(1, 1, 8, 8, 8)).sum(1).unique()
+    tensor([1.])
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor | float = 0.0
+        for n in range(4):
+            for axes in combinations((2, 3, 4), n):
+                total = total + self.network(x.flip(axes)).softmax(1).flip(axes)
+        return torch.as_tensor(total) / 8
 
 
 @dataclass
