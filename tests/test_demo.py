@@ -190,7 +190,8 @@ def test_short_run_produces_everything(tmp_path, capfd, brain):
     assert not runtime.is_strict()
     for picture in ("overlay.png", "learning_curve.png"):
         pixels = imread(folder / picture)
-        assert min(pixels.shape[:2]) > 400 and pixels.std() > 0.1
+        assert min(pixels.shape[:2]) > 400
+        assert (pixels[..., :3].min(-1) < 0.9).mean() > 0.01  # not blank
 
 
 def test_a_missed_target_is_exit_code_1(tmp_path, monkeypatch, capsys):

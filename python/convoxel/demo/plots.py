@@ -133,24 +133,31 @@ def require_matplotlib() -> Any:
 def _letter(ax: Any, plane: str) -> None:
     """Where the picture's sides lie: Left, Right, Posterior, Anterior, Inferior, Superior."""
     for letter, (x, y) in zip(ENDS[plane], ((0.03, 0.5), (0.97, 0.5), (0.5, 0.04), (0.5, 0.96)), strict=True):
-        ax.text(x, y, letter, transform=ax.transAxes, color="white", ha="center", va="center", fontsize=10)
+        _text(ax, x, y, letter, transform=ax.transAxes, ha="center", va="center", fontsize=10)
 
 
 def _mark_halves(ax: Any, plane: str, named: bool) -> None:
     """A line where the test half ends and one where training begins, in the planes that cross them."""
     if plane == "coronal":
         return
-    lines, text = (ax.axhline, "y") if plane == "axial" else (ax.axvline, "x")
+    axial = plane == "axial"
     for edge in (TEST.stop - 0.5, TRAIN.start - 0.5):
-        lines(edge, color="white", lw=0.9, ls=(0, (4, 3)))
+        (ax.axhline if axial else ax.axvline)(edge, color="white", lw=0.9, ls=(0, (4, 3)))
     if not named:
         return
-    for word, position in (("test", TEST.stop - 2), ("training", TRAIN.start + 1)):
-        low = word == "test"
-        if text == "y":
-            ax.text(1, position, word, color="white", fontsize=9, va="top" if low else "bottom")
+    top = ax.get_ylim()[1] - 2
+    for word, position, first in (("test", TEST.stop - 2, True), ("train", TRAIN.start + 1, False)):
+        if axial:
+            _text(ax, 1, position, word, va="top" if first else "bottom", fontsize=9)
         else:
-            ax.text(position, 1, word, color="white", fontsize=9, ha="right" if low else "left")
+            _text(ax, position, top, word, ha="right" if first else "left", va="top", fontsize=9)
+
+
+def _text(ax: Any, x: float, y: float, words: str, **style: Any) -> None:
+    """White with a black edge: legible on the brain and beside it."""
+    from matplotlib.patheffects import withStroke
+
+    ax.text(x, y, words, color="white", path_effects=[withStroke(linewidth=2, foreground="black")], **style)
 
 
 def _legend(figure: Any) -> None:
