@@ -214,7 +214,12 @@ def test_layers_are_torchs_layers() -> None:
 
 
 def test_what_is_refused_and_what_goes_to_torch() -> None:
-    for call in (lambda m: m.relu([1.0]), lambda m: m.leaky_relu(None)):
+    for call in (
+        lambda m: m.relu([1.0]),
+        lambda m: m.leaky_relu(None),
+        lambda m: m.leaky_relu(torch.ones(3), None),
+        lambda m: m.leaky_relu(torch.ones(3), (), inplace=True),
+    ):
         for module in (F, T):
             with pytest.raises(TypeError):
                 call(module)

@@ -277,6 +277,27 @@ def test_linear(shape: tuple[int, ...], bias: bool, isa: str) -> None:
         torch.testing.assert_close(g, e)
 
 
+@pytest.mark.parametrize(
+    ("shape", "k", "bias"),
+    [
+        ((4, 3), 4, (4, 1)),
+        ((2, 4, 3), 5, (2, 4, 5)),
+        ((4, 3), 5, (1,)),
+        ((4, 0), 5, (5,)),
+        ((4, 3), 0, (0,)),
+        ((0,), 0, ()),
+    ],
+)
+def test_linear_with_any_bias_and_without_features(
+    shape: tuple[int, ...], k: int, bias: tuple[int, ...]
+) -> None:
+    leaves = [torch.randn(s).requires_grad_() for s in (shape, (k, shape[-1]), bias)]
+    ys = [m.linear(*leaves) for m in (F, T)]
+    torch.testing.assert_close(*ys)
+    dy = torch.randn_like(ys[0])
+    torch.testing.assert_close(*[torch.autograd.grad(y, leaves, dy) for y in ys])
+
+
 def test_same_bits_for_every_run_and_thread_count(isa: str) -> None:
     p = Problem.parse("conv n2 c20 k40 i12x13x14 f3x3x3 p1x1x1")
     x, w, b, dy = (torch.randn(s) for s in (p.x_shape, p.w_shape, (p.k,), p.y_shape))
@@ -358,6 +379,12 @@ X, W = (2, 4, 8, 8), (6, 4, 3, 3)
         lambda m: m.linear(torch.ones(3, 4), torch.ones(5, 6)),
         lambda m: m.conv2d(torch.ones(2, 4, 0, 8), torch.ones(W)),
         lambda m: m.conv2d(torch.ones(X), torch.ones(W), dilation=2**62),
+        lambda m: m.conv2d(torch.ones(2, 4, 0, 8), torch.ones(W), padding=3),
+        lambda m: m.conv2d(torch.ones(X), torch.ones(W), 3),
+        lambda m: m.conv_transpose2d(torch.ones(X), torch.ones(4, 6, 3, 3), stride=0),
+        lambda m: m.linear(torch.ones(3, 4), torch.ones(5, 4), [1.0]),
+        lambda m: m.linear(torch.ones(3, 4), torch.ones(5, 4), torch.ones(5, 1)),
+        lambda m: m.linear(torch.ones(3, 4), torch.ones(4), torch.ones(3)),
     ],
 )
 def test_what_torch_rejects_is_rejected_alike(make) -> None:

@@ -463,6 +463,7 @@ X = torch.ones(1, 2, 5, 5)
         lambda m: m.adaptive_avg_pool1d(X[0], 2**62),
         lambda m: m.adaptive_max_pool2d(X, (3,)),
         lambda m: m.adaptive_max_pool2d(X, -2),
+        lambda m: m.avg_pool2d(X, 1, padding=1, ceil_mode="no"),
     ],
 )
 def test_what_torch_rejects_is_rejected_alike(make) -> None:

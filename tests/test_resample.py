@@ -284,6 +284,8 @@ X = torch.ones(1, 2, 5, 5)
         lambda m: m.interpolate(X[None, None], size=4),
         lambda m: m.interpolate(X[:, :0], size=4),
         lambda m: m.interpolate(X[:, :, :0], size=4),
+        lambda m: m.interpolate(X[0], size=(4, 4, 4)),
+        lambda m: m.interpolate(X, size=4, mode=LINEAR[X.dim()], align_corners="yes"),
     ],
 )
 def test_what_torch_rejects_is_rejected_alike(make) -> None:

@@ -12,6 +12,7 @@ torch.Size([1, 8, 16, 16, 16])
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import *  # noqa: F403
 
 from . import runtime
+from .geometry import check_float
 from .ops import activation as _activation
 from .ops import conv as _conv
 from .ops import norm as _norm
@@ -30,6 +32,7 @@ from .ops import resample as _resample
 from .ops.library import autocast, full_precision, why_not
 
 Size = int | tuple[int, ...]
+TENSORS = {"input", "weight", "bias", "running_mean", "running_var"}
 
 
 def _served(count: int, lower_precision: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -39,10 +42,15 @@ def _served(count: int, lower_precision: bool = False) -> Callable[[Callable[...
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
         fallback = getattr(_torch, name)
+        names = list(inspect.signature(function).parameters)[:count]
+        must_be_tensors = TENSORS.intersection(names)
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             tensors = [a for a in (*args[:count], *kwargs.values()) if isinstance(a, Tensor)]
+            for what, value in (*zip(names, args, strict=False), *kwargs.items()):
+                if value is not None and what in must_be_tensors and not isinstance(value, Tensor):
+                    raise TypeError(f"{name}(): argument '{what}' must be Tensor, not {type(value).__name__}")
             if tensors and (reason := why_not(*tensors)):
                 runtime.handed(name, reason)
                 return fallback(*args, **kwargs)
@@ -203,7 +211,7 @@ def relu(input, inplace=False):
 
 @_served(1)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
-    return _activation.activation(input, negative_slope, inplace)
+    return _activation.activation(input, check_float("leaky_relu", "negative_slope", negative_slope), inplace)
 
 
 # Pooling. torch's autocast computes 3-D in float32, except max_pool3d with indices -----------------

@@ -50,6 +50,22 @@ def as_tuple(value: Any, rank: int, what: str, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def check_bool(name: str, what: str, value: Any) -> bool:
+    """`value`, TypeError unless it is a bool, as torch asks for."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}(): argument '{what}' must be bool, not {type(value).__name__}")
+    return value
+
+
+def check_float(name: str, what: str, value: Any) -> float:
+    """`value` as a float, TypeError unless it is a number (0-dimensional tensors and numpy's too)."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, torch.Tensor) and value.dim() or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}(): argument '{what}' must be float, not {type(value).__name__}")
+    return float(value)
+
+
 def lift(values: Sequence[int], fill: int) -> tuple[int, ...]:
     """A 1-D or 2-D tuple as (D, H, W): (3, 5), 1 -> (1, 3, 5)."""
     return (fill,) * (3 - len(values)) + tuple(values)

@@ -12,6 +12,7 @@ y (N, K, OD, OH, OW); the public functions lift 1-D and 2-D with unit extents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -371,7 +372,12 @@ def _batched(name: str, rank: int, x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
             f"{name}: expected {rank + 2}D (batched) or {rank + 1}D (unbatched) input, but got input of size "
             f"{tuple(x.shape)}; give it axes (N, C, {SPATIAL_NAMES[rank]})"
         )
-    return (x, True) if x.dim() == rank + 2 else (x.unsqueeze(0), False)
+    batched = x.dim() == rank + 2
+    if 0 in x.shape[-rank:] and 0 not in x.shape[:-rank]:
+        raise RuntimeError(
+            f"{name}: only zero batch or zero channel inputs are supported, but got input shape {tuple(x.shape)}"
+        )
+    return (x, True) if batched else (x.unsqueeze(0), False)
 
 
 def convolution(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any,
@@ -402,6 +408,9 @@ def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: An
     (groups,) = as_tuple((groups,), 1, name, "groups")
     values = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
     s, p, o, d = (as_tuple(v, rank, name, n) for n, v in values.items())
+    if min(s) < 1 or min(d) < 1:
+        raise RuntimeError(f"{name}: non-positive stride is not supported, nor dilation: received stride {s}, "
+                           f"dilation {d}")  # fmt: skip
     if any(a >= max(b, c) for a, b, c in zip(o, s, d, strict=True)) or min(o) < 0:
         raise RuntimeError(f"{name}: output padding must be smaller than either stride or dilation, and not "
                            f"negative: received output_padding {o}, stride {s}, dilation {d}")  # fmt: skip
@@ -428,11 +437,22 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             f"{tuple(x.shape[-1:])}, weight {tuple(w.shape)} (K, C) expects {tuple(w.shape[-1:])}"
         )
     k = w.shape[0] if w.dim() == 2 else 1
-    rows = x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], k) if w.dim() == 2 else tuple(x.shape[:-1])
+    if b is not None and tuple(b.shape) != (k,):  # torch adds whatever broadcasts to y
+        if (
+            w.dim() == 1
+            or b.dim() > len(shape)
+            or any(m not in (1, n) for m, n in zip(b.shape[::-1], shape[::-1], strict=False))
+        ):
+            raise RuntimeError(f"linear: expected bias of shape ({k},), or that broadcasts to the output {shape}, "
+                               f"received {tuple(b.shape)}")  # fmt: skip
+        check_dtypes("linear", x, w, b)
+        return linear(x, w, None) + b
+    if k == 0:  # a convolution has outputs; this keeps the graph of a layer that has none
+        return x[..., :0] + w.sum() if b is None else x[..., :0] + w.sum() + b
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     one, zero = (1, 1, 1), (0, 0, 0)
     # Rows are the pixels of one channels-last image (1, C, 1, 1, rows); no rows are no images.
     pixels = rows[None, None, None].permute(0, 4, 1, 2, 3) if len(rows) else rows[:, :, None, None, None]
-    bias = b if b is None or b.dim() == 1 else b.reshape(-1)
-    y = conv(pixels, w.reshape(k, -1, 1, 1, 1), bias, one, zero, one, 1)
-    y = y.permute(0, 2, 3, 4, 1).reshape(len(rows), k)
-    return y.reshape(*x.shape[:-1], k) if w.dim() == 2 else y.reshape(x.shape[:-1])
+    y = conv(pixels, w.reshape(k, x.shape[-1], 1, 1, 1), b, one, zero, one, 1)
+    return y.permute(0, 2, 3, 4, 1).reshape(shape)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
-from ..geometry import is_channels_last, memory_format
+from ..geometry import check_bool, check_float, is_channels_last, memory_format
 from .library import Operator, pointer, register, scratch
 
 Ints = Sequence[int]
@@ -382,12 +382,12 @@ def batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
                b: Tensor | None, training: bool, momentum: float, eps: float) -> Tensor:  # fmt: skip
     """torch.nn.functional.batch_norm. x (N, C, *); the others (C)."""
     name = "batch_norm"
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"{name}(): argument 'momentum' must be float, not {type(momentum).__name__}")
+    momentum, eps = check_float(name, "momentum", momentum), check_float(name, "eps", eps)
     count = x.numel() // max(x.shape[1], 1) if isinstance(x, Tensor) and x.dim() > 1 else 0
     if training and count == 1:
         raise ValueError(f"{name}: Expected more than 1 value per channel when training, got input size {x.shape}; "
                          "use a larger batch, or evaluate with running statistics")  # fmt: skip
+    check_bool(name, "training", training)
     if eps < 0 or training and eps == 0:
         raise ValueError(f"{name} eps must be positive during training, and never negative, but got {eps}")
     _check_input(name, x)
@@ -409,15 +409,16 @@ def instance_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | 
     name = "instance_norm"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(x).__name__}")
+    momentum, eps = check_float(name, "momentum", momentum), check_float(name, "eps", eps)
     count = math.prod(x.shape[2:])
     if use_input_stats and count == 1:
         raise ValueError(f"{name}: Expected more than 1 spatial element when training, got input size {x.shape}; "
                          "enlarge the input, or use running statistics")  # fmt: skip
+    check_bool(name, "use_input_stats", use_input_stats)
     _check_input(name, x)
     _check_running(
         name, x, "" if use_input_stats else "when use_input_stats is false", running_mean, running_var
     )
-    w, b = _vector(w), _vector(b)
     if not use_input_stats and running_mean is not None and running_var is not None:
         return norm_fixed(x, w, b, running_mean.double(), running_var.double(), eps)
     y, mean, var = norm(x, w, b, x.shape[1], False, eps)
@@ -432,6 +433,7 @@ def group_norm(x: Tensor, groups: int, w: Tensor | None, b: Tensor | None, eps: 
     _check_input(name, x)
     if not isinstance(groups, (int, torch.SymInt)):
         raise TypeError(f"{name}(): argument 'num_groups' must be int, not {type(groups).__name__}")
+    eps = check_float(name, "eps", eps)
     if groups < 1:
         kind = ZeroDivisionError if groups == 0 else RuntimeError  # as torch does
         raise kind(f"{name}: expected num groups to be greater than 0, got {groups}")
@@ -449,7 +451,7 @@ def layer_norm(x: Tensor, shape: Ints, w: Tensor | None, b: Tensor | None, eps: 
         raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(x).__name__}")
     if not isinstance(shape, (tuple, list)) or not all(isinstance(v, (int, torch.SymInt)) for v in shape):
         raise TypeError(f"{name}(): argument 'normalized_shape' must be tuple of ints, not {shape!r}")
-    shape = tuple(shape)
+    shape, eps = tuple(shape), check_float(name, "eps", eps)
     if not shape:
         raise RuntimeError(f"{name}: expected normalized_shape to be at least 1-dimensional, but got {shape}")
     if tuple(x.shape[-len(shape) :]) != shape:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
-from ..geometry import Ints, is_channels_last, memory_format
+from ..geometry import Ints, check_bool, is_channels_last, memory_format
 from .library import Operator, dense, from_3d, new, pointer, register, scratch
-from .pool_windows import How, adaptive, check, check_bool, code_dtype, extents, lifted, windows
+from .pool_windows import How, adaptive, check, code_dtype, extents, lifted, windows
 
 SMALL = 32 * 1024  # elements that one thread does sooner than two
 
@@ -334,6 +334,8 @@ def average(rank: int, x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_m
     tensor([[2.0000, 2.5000]])
     """
     name = f"avg_pool{rank}d"
+    check_bool(name, "ceil_mode", ceil_mode)
+    check_bool(name, "count_include_pad", count_include_pad)
     if isinstance(divisor_override, bool) or not isinstance(
         divisor_override, (int, torch.SymInt, type(None))
     ):
@@ -352,7 +354,7 @@ def average(rank: int, x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_m
         raise RuntimeError(
             f"{name}: input image {tuple(x.shape[2:])} smaller than kernel size {how[1]}; pad it first"
         )
-    y = avg_pool(x, *how, check_bool(name, "count_include_pad", count_include_pad), divisor_override or 0)
+    y = avg_pool(x, *how, count_include_pad, divisor_override or 0)
     return from_3d(y, rank, batched)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import SPATIAL_NAMES, Ints, as_tuple, lift, pool_out_size
+from ..geometry import SPATIAL_NAMES, Ints, as_tuple, check_bool, lift, pool_out_size
 from .library import to_3d
 
 How = Sequence[Any]
@@ -112,12 +112,6 @@ def lifted(name: str, rank: int, x: Tensor, filled: int | None) -> tuple[Tensor,
     return to_3d(x), batched
 
 
-def check_bool(name: str, what: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}(): argument '{what}' must be bool, not {type(value).__name__}")
-    return value
-
-
 def windows(name: str, rank: int, size: Ints, kernel: Any, stride: Any, padding: Any, dilation: Any,
              ceil_mode: bool) -> How:  # fmt: skip
     """torch's arguments as (out, kernel, stride, padding, dilation) of three axes."""
@@ -125,9 +119,9 @@ def windows(name: str, rank: int, size: Ints, kernel: Any, stride: Any, padding:
         stride = kernel
     named = (("kernel_size", kernel), ("stride", stride), ("padding", padding), ("dilation", dilation))
     k, s, p, d = (as_tuple(value, rank, name, what) for what, value in named)
+    ceil = check_bool(name, "ceil_mode", ceil_mode)
     check_steps(name, k, s, p, d)
     k, s, p, d = lift(k, 1), lift(s, 1), lift(p, 0), lift(d, 1)
-    ceil = check_bool(name, "ceil_mode", ceil_mode)
     out = tuple(pool_out_size(*axis, ceil) for axis in zip(size, k, s, p, d, strict=True))
     if min(out) < 1:
         raise RuntimeError(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
-from ..geometry import is_channels_last, is_integer, lift, memory_format
+from ..geometry import check_bool, is_channels_last, is_integer, lift, memory_format
 from .library import dense, from_3d, register, scratch, to_3d
 
 Ints = Sequence[int]
@@ -215,6 +215,9 @@ def resize(x: Tensor, size: Any, scale_factor: Any, mode: str, align_corners: bo
         raise ValueError(
             "recompute_scale_factor is not meaningful with an explicit size; leave one of them out"
         )
+    which, value = ("size", size) if scale_factor is None else ("scale_factor", scale_factor)
+    if isinstance(value, (list, tuple)):
+        _per_axis(value, rank, which, x)
     if rank not in (1, 2, 3) or mode not in ("nearest", "nearest-exact", *RANKS):
         raise NotImplementedError(
             f"Input Error: Only 3D, 4D and 5D input Tensors supported (got {x.dim()}D) for the modes: nearest | linear "
@@ -225,6 +228,8 @@ def resize(x: Tensor, size: Any, scale_factor: Any, mode: str, align_corners: bo
             f"Got {x.dim()}D input, but {mode} mode needs {RANKS[mode] + 2}D input; "
             f"use mode {[*RANKS][rank - 1]!r}"
         )
+    if align_corners is not None:
+        check_bool("interpolate", "align_corners", align_corners)
     if size is not None:
         scales, sizes = [0.0] * rank, _sizes(size, rank, x)
     else:
