@@ -439,6 +439,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     k = w.shape[0] if w.dim() == 2 else 1
     shape = (*x.shape[:-1], k) if w.dim() == 2 else tuple(x.shape[:-1])
     if b is not None and tuple(b.shape) != (k,):  # torch adds whatever broadcasts to y
+        if x.dim() == 1 and tuple(b.shape) == (1, k) != (1, 1):  # of one row
+            return linear(x[None], w, b)[0]
         if (
             w.dim() == 1
             or b.dim() > len(shape)
