@@ -271,7 +271,7 @@ def run(module: Any, call: Call, dtype: torch.dtype | None = None) -> Outcome:
     low = (
         module is T
         and name.startswith("conv_transpose")
-        and getattr(args[0], "dtype", None) == torch.bfloat16
+        and {getattr(a, "dtype", torch.bfloat16) for a in args} == {torch.bfloat16}
     )
     if low and dtype is None:  # torch crashes in some of these
         rounded = run(T, call, torch.float32)

@@ -436,16 +436,17 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             f"linear: mat1 and mat2 shapes cannot be multiplied: input {tuple(x.shape)} has features "
             f"{tuple(x.shape[-1:])}, weight {tuple(w.shape)} (K, C) expects {tuple(w.shape[-1:])}"
         )
+    if w.dim() == 1 and b is not None:
+        raise RuntimeError(
+            f"linear: a bias needs a weight with 2 axes (K, C), received weight {tuple(w.shape)}"
+        )
     k = w.shape[0] if w.dim() == 2 else 1
     shape = (*x.shape[:-1], k) if w.dim() == 2 else tuple(x.shape[:-1])
     if b is not None and tuple(b.shape) != (k,):  # torch adds whatever broadcasts to y
         if x.dim() == 1 and tuple(b.shape) == (1, k) != (1, 1):  # of one row
             return linear(x[None], w, b)[0]
-        if (
-            w.dim() == 1
-            or b.dim() > len(shape)
-            or any(m not in (1, n) for m, n in zip(b.shape[::-1], shape[::-1], strict=False))
-        ):
+        fits = all(m in (1, n) for m, n in zip(b.shape[::-1], shape[::-1], strict=False))
+        if b.dim() > len(shape) or not fits:
             raise RuntimeError(f"linear: expected bias of shape ({k},), or that broadcasts to the output {shape}, "
                                f"received {tuple(b.shape)}")  # fmt: skip
         check_dtypes("linear", x, w, b)
