@@ -33,8 +33,8 @@ $(VENV)/.dev: $(VENV)/.installed
 	@touch $@
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check python tests examples benchmarks
-	$(BIN)/ruff format --check python tests examples benchmarks
+	$(BIN)/ruff check python tests examples
+	$(BIN)/ruff format --check python tests examples
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
 	$(BIN)/mypy
 
