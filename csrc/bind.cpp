@@ -53,6 +53,11 @@ const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   return (g.tile[kW] ? k.conv_winograd : k.conv_direct)[dtype];
 }
 
+const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
+  const Kernels& k = active_isa();
+  return (g.tile[kW] ? k.conv_winograd_weight : k.conv_weight_grad)[dtype];
+}
+
 void bind_resample(py::module_& m) {
   py::class_<ResampleGeometry>(m, "ResampleGeometry")
       .def(py::init([](int64_t images, int64_t inner, int mode, bool align_corners, std::array<int64_t, kAxes> in,
@@ -203,11 +208,11 @@ PYBIND11_MODULE(_C, m) {
       m, "conv_input_grad", [](const ConvGeometry& g, int t) { return correlate(g, t).input_grad; },
       [](const ConvGeometry& g, int t) { return correlate(g, t).input_grad_scratch; });
   bind_conv(
-      m, "conv_weight_grad", [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].weight_grad; },
-      [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].weight_grad_scratch; });
+      m, "conv_weight_grad", [](const ConvGeometry& g, int t) { return weight_grad(g, t).run; },
+      [](const ConvGeometry& g, int t) { return weight_grad(g, t).scratch; });
   bind_conv(
-      m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].bias_grad; },
-      [](const ConvGeometry&, int t) { return active_isa().conv_weight_grad[t].bias_grad_scratch; });
+      m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].run; },
+      [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].scratch; });
   bind_norm(m);
   bind_activation(m);
   bind_resample(m);

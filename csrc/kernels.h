@@ -27,10 +27,9 @@ struct ConvCorrelate {
   ConvScratch forward_scratch, input_grad_scratch;
 };
 
-struct ConvWeightGrad {
-  ConvFunction weight_grad;  // w = H(x, y)
-  ConvFunction bias_grad;    // b = y summed over all but K
-  ConvScratch weight_grad_scratch, bias_grad_scratch;
+struct ConvKernel {
+  ConvFunction run;
+  ConvScratch scratch;
 };
 
 // y = (x - mean) / sqrt(var + eps) * w + b over x [N, C, P]; C / groups channels of an image (of all images:
@@ -138,7 +137,9 @@ struct Kernels {
   const char* isa;
   const ConvCorrelate* conv_direct;  // [kDTypes], as all that follow
   const ConvCorrelate* conv_winograd;
-  const ConvWeightGrad* conv_weight_grad;
+  const ConvKernel* conv_weight_grad;  // w = H(x, y)
+  const ConvKernel* conv_winograd_weight;
+  const ConvKernel* conv_bias_grad;  // b = y summed over all but K
   const Norm* norm;
   const Activation* activation;
   const Resample* resample;

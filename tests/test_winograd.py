@@ -26,6 +26,7 @@ PROBLEMS = [
     "conv n3 c17 k50 i40x17 f3x3 p1x1",
     "conv n1 c6 k6 i5x5 f3x3 p3x4 g3",
     "conv n1 c130 k16 i3x3x5 f3x3x3 p1x1x1",
+    "conv n35 c3 k18 i5x4x3 f3x3x3 p1x1x1",
     "conv_transpose n1 c18 k9 i6x7x8 f3x3x3 p1x1x1",
     "conv_transpose n2 c4 k21 i9x5 f3x3",
 ]
@@ -42,10 +43,10 @@ def data(p: Problem, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     return x, w * (2 / w[0].numel()) ** 0.5, torch.randn(p.k).to(dtype) if p.bias else None, dy
 
 
-def results(module, p: Problem, x: Tensor, w: Tensor, b: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach().requires_grad_()
+def results(module, p: Problem, x: Tensor, w: Tensor, b: Tensor | None, dy: Tensor) -> tuple[Tensor, ...]:
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = call(module, p, x, w, b)
-    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+    return y.detach(), *torch.autograd.grad(y, (x, w), dy)
 
 
 def last(t: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def test_values_in_both_layouts(text: str, isa: str, tile: tuple[int, ...]) -> N
         x, w, b, dy = data(p, dtype)
         exact = results(T, p, x.double(), w.double(), None if b is None else b.double(), dy.double())
         got = results(F, p, last(x) if x_last else x, w, b, last(dy) if dy_last else dy)
-        for name, g, e in zip(("y", "dx"), got, exact, strict=True):
+        for name, g, e in zip(("y", "dx", "dw"), got, exact, strict=True):
             assert relative_l2(g, e) < (1e-5 if dtype == torch.float32 else 4e-3), f"{name} {dtype}"
     assert served() == {"winograd"}
 

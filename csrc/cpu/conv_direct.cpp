@@ -10,7 +10,7 @@
 //   passes of a few taps whose weights stay in L1 while a row of register tiles goes by.
 #include <type_traits>
 
-#include "conv_tile.h"
+#include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
 

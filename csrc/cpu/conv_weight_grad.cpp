@@ -7,7 +7,7 @@
 // panels are added in order: no atomics, and the same bits for every number of threads.
 #include <type_traits>
 
-#include "conv_tile.h"
+#include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
 
@@ -131,38 +131,6 @@ void add_tile(const Plan& p, const TileAxis* t, const PackedAxis* packed, const 
         }
 }
 
-// dw from the pieces' panels, added in order, back to torch's layout: vectors of k become rows, and
-// (c, tap) is contiguous. An item is 64 columns of one block.
-template <class S, class A>
-void reduce_panels(const Plan& p, const A* panels, S* w, int threads) {
-  constexpr int L = kLanes<A>;
-  constexpr int64_t slice = 64;
-  ChannelBlocks<A> blocks(p.K);
-  int64_t slices = ceil_div(p.channel_block * p.taps, slice);
-  parallel_for(threads, p.groups * blocks.count * p.c_blocks * slices, [&](int64_t item, int) {
-    int64_t begin = item % slices * slice, rest = item / slices, c0 = rest % p.c_blocks * p.channel_block;
-    int64_t kb = rest / p.c_blocks % blocks.count, group = rest / p.c_blocks / blocks.count;
-    int64_t channels = min(p.channel_block, p.C - c0), end = min(begin + slice, channels * p.taps);
-    int64_t width = blocks.padded_width(kb), w_row = p.C * p.taps;
-    const A* from = panels + (group * blocks.padded() + kb * blocks.width) * w_row + c0 * p.taps * width;
-    S* to = w + (group * p.K + kb * blocks.width) * w_row + c0 * p.taps;
-    for (int v = 0; v < blocks.vectors(kb); ++v) {
-      int used = v == blocks.vectors(kb) - 1 ? blocks.tail(kb) : L;
-      for (int64_t j = begin; j < end; j += L) {
-        int n = int(min<int64_t>(L, end - j));
-        Vec<A> r[L];
-        for (int i = 0; i < L; ++i) {
-          r[i] = Vec<A>{};
-          const A* at = from + ((j + i) % p.taps * channels + (j + i) / p.taps) * width + v * L;
-          for (int64_t piece = 0; i < n && piece < p.pieces; ++piece) r[i] += load(at + piece * p.panel);
-        }
-        transpose_block<A>(r);
-        for (int i = 0; i < used; ++i) store(to + (v * L + i) * w_row + j, r[i], n);
-      }
-    }
-  });
-}
-
 template <class A>
 int64_t thread_bytes(const Plan& p) {
   int64_t each = aligned(p.window * sizeof(A)) + aligned(p.dy_tile * sizeof(A));
@@ -206,7 +174,8 @@ void weight_grad(const ConvCall& call) {
       with_vectors(blocks.vectors(kb), [&](auto V) { add_tile<A, V()>(p, t, packed, window, channels, dy, panel); });
     }
   });
-  reduce_panels(p, panels, static_cast<S*>(call.w), threads);
+  unpack_weights(Weights{false, p.groups, p.C, p.K, p.taps, p.channel_block}, blocks, panels, p.pieces,
+                 static_cast<S*>(call.w), threads);
 }
 
 template <class S>
@@ -275,14 +244,20 @@ int64_t bias_grad_scratch(const ConvGeometry& g, int) {
 }
 
 template <class S>
-constexpr ConvWeightGrad entries() {
-  return {weight_grad<S>, bias_grad<S>, weight_grad_scratch<S>, bias_grad_scratch<S>};
+constexpr ConvKernel weight_entry() {
+  return {weight_grad<S>, weight_grad_scratch<S>};
+}
+template <class S>
+constexpr ConvKernel bias_entry() {
+  return {bias_grad<S>, bias_grad_scratch<S>};
 }
 
 }  // namespace
 
 namespace CONVOXEL_ISA {
-extern const ConvWeightGrad conv_weight_grad[kDTypes] = {entries<float>(), entries<bfloat16>(), entries<double>()};
-}
+extern const ConvKernel conv_weight_grad[kDTypes] = {weight_entry<float>(), weight_entry<bfloat16>(),
+                                                     weight_entry<double>()};
+extern const ConvKernel conv_bias_grad[kDTypes] = {bias_entry<float>(), bias_entry<bfloat16>(), bias_entry<double>()};
+}  // namespace CONVOXEL_ISA
 
 }  // namespace convoxel

@@ -12,7 +12,7 @@
 // has once. What a tile computes depends neither on the region nor on the thread that it falls to.
 #include <type_traits>
 
-#include "conv_tile.h"
+#include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
 #include "winograd.h"
@@ -36,14 +36,6 @@ struct Plan {
 };
 
 inline int64_t extent_of(const Plan& p, int a, int64_t tiles) { return tiles * p.M[a] + p.axis[a].kernel - 1; }
-
-// Points lie an odd number of cache lines apart: the transforms go from point to point, and steps of 4 KiB, or of
-// any even number of lines, would fall on few sets of the cache. Measured 1.1 to 1.4 times faster.
-template <class A>
-inline int64_t point_step(int64_t elements) {
-  constexpr int64_t line = 64 / sizeof(A);
-  return (ceil_div(elements, line) | 1) * line;
-}
 
 // Regions of many tiles, so that the weights' way from a far cache is shared by them; few where the weights stay in
 // the second-level cache beside them. Among these, the ones with little halo.
@@ -105,13 +97,6 @@ Plan make_plan(const ConvGeometry& g, bool transposed) {
   p.M_size = p.points_hw * point_step<A>(p.M[kD] * p.most_tiles * blocks.width);
   p.out_tile = p.most_tiles * p.M[kD] * p.M[kH] * p.M[kW] * blocks.width;
   return p;
-}
-
-// Calls f with the outputs of a transform as a compile-time number.
-template <class F>
-inline void with_outputs(int M, const F& f) {
-  if (M == 4) f(std::integral_constant<int, 4>{});
-  else f(std::integral_constant<int, 2>{});
 }
 
 // All points of one vector of weights; `step` lies between the taps, and between the points.

