@@ -14,7 +14,7 @@ from convoxel.ops import route
 from tolerance import relative_l2
 
 # Whole and ragged tiles, one tile and less, one to several blocks of channels and their tails, planes, groups,
-# padding from none to more than the kernel's.
+# padding from none to more than the kernel's; with many weights several regions and batches of them.
 PROBLEMS = [
     "conv n2 c16 k16 i8x8x8 f3x3x3 p1x1x1",
     "conv n1 c5 k7 i7x9x11 f3x3x3 p1x1x1",
@@ -27,6 +27,8 @@ PROBLEMS = [
     "conv n1 c6 k6 i5x5 f3x3 p3x4 g3",
     "conv n1 c130 k16 i3x3x5 f3x3x3 p1x1x1",
     "conv n35 c3 k18 i5x4x3 f3x3x3 p1x1x1",
+    "conv n9 c36 k34 i4x5x4 f3x3x3 p1x1x1",
+    "conv n1 c36 k34 i1x33x33 f3x3x3 p1x1x1",
     "conv_transpose n1 c18 k9 i6x7x8 f3x3x3 p1x1x1",
     "conv_transpose n2 c4 k21 i9x5 f3x3",
 ]
@@ -147,7 +149,8 @@ def test_same_bits_for_every_number_of_threads_and_every_neighbourhood() -> None
         ("conv n1 c32 k64 i128x128x128 f3x3x3 s2x2x2 p1x1x1", "direct"),
         ("conv n1 c32 k64 i64x64x64 f3x3x3 d2x2x2 p2x2x2", "direct"),
         ("conv n1 c32 k32 i64x64x64 f5x5x5 p2x2x2", "direct"),
-        ("conv n1 c320 k320 i4x4x4 f3x3x3 p1x1x1", "direct"),
+        ("conv n1 c320 k320 i4x4x4 f3x3x3 p1x1x1", "winograd"),
+        ("conv n1 c64 k64 i2x2x2 f3x3x3 p1x1x1", "direct"),
         ("conv n1 c32 k32 i96x96x96 f3x3x3 p1x1x1 g32", "direct"),
     ],
 )

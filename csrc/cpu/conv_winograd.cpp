@@ -1,13 +1,20 @@
 // Winograd's convolution, forward F(x, w) and input gradient G(dy, w) as one correlation, for three taps along H
-// and W, three or one along D, stride and dilation 1.
+// and W, three or one along D, stride and dilation 1, in two orders of work.
 //
-// An item of work is (image, group, region of tiles), and stays in the second-level cache:
+// Regions first, where the transformed weights U stay near or serve many tiles. An item is (image, group, region of
+// tiles), and stays in the second-level cache:
 //   each plane of the region is packed, its tiles transformed along H and W:  V [h, w point][plane][tile][c];
 //   for each block of output channels, for each h, w point, in the first-level cache:
 //     V's planes are transformed along D:                                     X [d point][tile][c],
 //     multiplied by the weights U [h, w point][d point][c][k]:                Y [d point][tile][k],
 //     and transformed back along D:                                           M [h, w point][plane][tile][k];
 //   M's tiles are transformed back along H and W, into y.
+//
+// Weights first, where they are many and the tiles few (deep layers): U, eight times as large as w, would go to
+// memory and back. All threads make V of some regions, and of it X [h, w point][d point][tile][c]; then an item is
+// (region, block of output channels): for each h point, it goes through the input channels, some at a time, making
+// their U [w point][d point][c][k] in the second-level cache.
+//
 // A plane's transform serves all tiles that overlap there. A bias joins the point 1 of every axis, which each output
 // has once. What a tile computes depends neither on the region nor on the thread that it falls to.
 #include <type_traits>
@@ -15,34 +22,30 @@
 #include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
-#include "winograd.h"
+#include "winograd_region.h"
 
 namespace convoxel {
 namespace {
 
 constexpr int64_t kChain = 64;                 // channels of one chain of sums; their X stays in L1
-constexpr int64_t kPlaneChannels = 32;         // of x that are packed at a time
 constexpr int64_t kNearWeights = 1024 * 1024;  // bytes of U that stay in the second-level cache
+constexpr int64_t kFewTiles = 128;             // per image, at most, for weights first
+constexpr int64_t kBatch = 8;                  // regions, weights first
 
-struct Plan {
-  bool transposed;
-  int64_t N, groups, C, K, taps;
-  int M[kAxes];
-  Axis axis[kAxes];
-  int64_t tiles[kAxes], regions[kAxes], items;
-  int64_t points_d, points_hw, most_tiles, c_stride;  // most_tiles: of a region
+struct Plan : Tiling {
+  bool transposed, weights_first;
+  int64_t all, most_tiles, c_stride, batch;  // all: regions of all images and groups; most_tiles: of a region
   int block_vectors;
-  int64_t panel, transformed, plane, V, X, Y, M_size, out_tile, index[kAxes];  // elements of scratch
+  int64_t panel, transformed, rows, V, X, Y, M_size, out_tile, index[kAxes];  // elements of scratch
 };
-
-inline int64_t extent_of(const Plan& p, int a, int64_t tiles) { return tiles * p.M[a] + p.axis[a].kernel - 1; }
 
 // Regions of many tiles, so that the weights' way from a far cache is shared by them; few where the weights stay in
 // the second-level cache beside them. Among these, the ones with little halo.
 template <class A>
 void choose_regions(Plan& p) {
   bool near = p.C * p.K * p.points_d * p.points_hw * int64_t(sizeof(A)) <= kNearWeights;
-  const int64_t T = near ? 14 : 32;
+  p.weights_first = !near && p.tiles[kD] * p.tiles[kH] * p.tiles[kW] <= kFewTiles;
+  const int64_t T = near ? 14 : p.weights_first ? 64 : 32;
   double best = 0;
   int64_t t[kAxes];
   for (t[kD] = 1; t[kD] <= min<int64_t>(p.tiles[kD], T); ++t[kD])
@@ -59,63 +62,58 @@ void choose_regions(Plan& p) {
         double cost = regions * (double(p.points_d * p.points_hw) * (tiles + 2.0 * double(parts)) + 0.3 * halo + 200);
         if (best != 0 && cost >= best) continue;
         best = cost;
-        for (int a = 0; a < kAxes; ++a) p.regions[a] = ceil_div(p.tiles[a], t[a]);
+        for (int a = 0; a < kAxes; ++a) p.most[a] = t[a];
       }
+  even_regions(p);
 }
 
 template <class A>
 Plan make_plan(const ConvGeometry& g, bool transposed) {
+  constexpr int L = kLanes<A>;
   Plan p{};
   p.transposed = transposed;
-  p.N = g.N, p.groups = g.groups;
-  p.C = (transposed ? g.K : g.C) / g.groups, p.K = (transposed ? g.C : g.K) / g.groups;
-  p.taps = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    p.axis[a] = make_axis(g.axis[a], transposed);
-    p.M[a] = g.tile[a];
-    p.taps *= p.axis[a].kernel;
-    p.tiles[a] = ceil_div(p.axis[a].count, p.M[a]);
-  }
-  p.points_d = points(p.M[kD]), p.points_hw = points(p.M[kH]) * points(p.M[kW]);
-  p.block_vectors = min(kTileVectors, p.K > 2 * kLanes<A> ? 4 : 2);
+  set_tiling(p, g, transposed);
+  p.block_vectors = min(kTileVectors, p.K > 2 * L ? 4 : 2);
   choose_regions<A>(p);
-  p.items = p.N * p.groups, p.most_tiles = 1;
+  if (p.weights_first) p.block_vectors = 2;
+  p.all = p.N * p.groups, p.most_tiles = 1;
   for (int a = 0; a < kAxes; ++a) {
-    int64_t most = ceil_div(p.tiles[a], p.regions[a]);
-    p.items *= p.regions[a], p.most_tiles *= most;
-    p.index[a] = extent_of(p, a, most);
+    p.all *= p.regions[a], p.most_tiles *= p.most[a];
+    p.index[a] = extent_of(p, a, p.most[a]);
   }
   ChannelBlocks<A> blocks(p.K, p.block_vectors);
-  int64_t tiles_d = ceil_div(p.tiles[kD], p.regions[kD]), tiles_hw = p.most_tiles / tiles_d;
-  p.c_stride = round_up(p.C, kLanes<A>);
+  p.batch = p.weights_first ? min(p.all, max<int64_t>(1, min(kBatch, kMinItems / blocks.count))) : 1;
+  p.c_stride = round_up(p.C, L);
   p.panel = p.groups * blocks.padded() * p.C * p.taps;
-  p.transformed = p.groups * blocks.padded() * p.C * p.points_d * p.points_hw;
-  p.plane = p.index[kH] * p.index[kW] * min(p.C, kPlaneChannels) + kLanes<A>;
-  p.V = p.points_hw * point_step<A>(p.index[kD] * tiles_hw * p.c_stride);
-  p.X = p.points_d * p.most_tiles * kChain;
-  p.Y = p.points_d * p.most_tiles * blocks.width;
+  int64_t columns = points(p.M[kW]) * p.points_d;  // of which weights first has the weights and sums at a time
+  p.transformed =
+      p.weights_first ? columns * kChain * blocks.width : p.points_hw * p.points_d * p.groups * blocks.padded() * p.C;
+  p.rows = packed_elements<A>(p, p.weights_first ? 1 : p.most[kH]);
+  p.V = p.points_hw * point_step<A>(p.index[kD] * p.most[kH] * p.most[kW] * p.c_stride);
+  p.X = p.points_d * p.most_tiles * (p.weights_first ? p.points_hw * p.c_stride : kChain);
+  p.Y = (p.weights_first ? columns : p.points_d) * p.most_tiles * blocks.width;
   p.M_size = p.points_hw * point_step<A>(p.M[kD] * p.most_tiles * blocks.width);
   p.out_tile = p.most_tiles * p.M[kD] * p.M[kH] * p.M[kW] * blocks.width;
   return p;
 }
 
-// All points of one vector of weights; `step` lies between the taps, and between the points.
+// All points of one vector of weights.
 template <class A>
-void transform_weight(const Plan& p, const A* panel, int64_t step, A* U) {
+void transform_weight(const Plan& p, const A* panel, int64_t tap_step, A* U, int64_t u_step) {
   constexpr int L = kLanes<A>;
-  int64_t w_step[2] = {3 * step, step}, point_hw = p.points_d * step;
-  int64_t u_step[2] = {points(p.M[kW]) * point_hw, point_hw}, plane_step[2] = {points(p.M[kW]) * L, L};
+  int64_t w_step[2] = {3 * tap_step, tap_step}, point_hw = p.points_d * u_step;
+  int64_t hw_step[2] = {points(p.M[kW]) * point_hw, point_hw}, plane_step[2] = {points(p.M[kW]) * L, L};
   alignas(64) A work[36 * L], planes[3 * 36 * L];
   with_outputs(p.M[kW], [&](auto M) {
-    if (p.M[kD] == 1) return transform_plane<WeightTransform, M()>(panel, w_step, work, U, u_step);
+    if (p.M[kD] == 1) return transform_plane<WeightTransform, M()>(panel, w_step, work, U, hw_step);
     for (int64_t d = 0; d < 3; ++d)
-      transform_plane<WeightTransform, M()>(panel + d * 9 * step, w_step, work, planes + d * p.points_hw * L,
+      transform_plane<WeightTransform, M()>(panel + d * 9 * tap_step, w_step, work, planes + d * p.points_hw * L,
                                             plane_step);
   });
   if (p.M[kD] == 1) return;
   for (int64_t q = 0; q < p.points_hw; ++q)
     with_outputs(p.M[kD], [&](auto M) {
-      transform_line<WeightTransform, M()>(planes + q * L, p.points_hw * L, U + q * point_hw, step);
+      transform_line<WeightTransform, M()>(planes + q * L, p.points_hw * L, U + q * point_hw, u_step);
     });
 }
 
@@ -132,72 +130,33 @@ void transform_weights(const Plan& p, const A* panel, A* U, int threads) {
     for (int64_t c = c0; c < min(c0 + share, p.C); ++c)
       for (int64_t k = 0; k < width; k += kLanes<A>)
         transform_weight(p, panel + at * p.taps + c * width + k, p.C * width,
-                         U + at * p.points_d * p.points_hw + c * width + k);
+                         U + at * p.points_d * p.points_hw + c * width + k, p.C * width);
   });
 }
 
-template <class A>
-struct Item {
-  const Plan* p;
-  Range tiles[kAxes];
-  PackedAxis packed[kAxes];
+// A region's input in V, and the part of the output that it covers.
+template <class S, class A>
+struct Work {
+  Region r;
+  Side<S, A> x;
   Box box;
-  int64_t n[kAxes];         // tiles along each axis
-  int64_t v_slice, v_step;  // elements of a plane of V, of a point
+  int64_t group, tiles;
+  A* X;  // weights first: V transformed along D
 };
 
-template <class A>
-Item<A> make_item(const Plan& p, int64_t at, int64_t** index) {
-  Item<A> it{&p, {}, {}, {}, {}, 0, 0};
-  for (int a = kW; a >= kD; --a) {
-    Range r = piece(p.tiles[a], p.regions[a], at % p.regions[a]);
-    at /= p.regions[a];
-    it.n[a] = r.end - r.begin;
-    it.box.begin[a] = r.begin * p.M[a];
-    it.box.size[a] = min(r.end * p.M[a], p.axis[a].count) - it.box.begin[a];
-    PackedAxis& k = it.packed[a];
-    k = {extent_of(p, a, it.n[a]), true, it.box.begin[a] + p.axis[a].lowest, p.axis[a].in, index[a]};
-    for (int64_t i = 0; i < k.extent; ++i) fill(k, i, k.first + i);
-  }
-  it.v_slice = it.n[kH] * it.n[kW] * p.c_stride;
-  it.v_step = point_step<A>(it.packed[kD].extent * it.v_slice);
-  return it;
-}
-
-// V from x: a plane at a time, some channels at a time.
 template <class S, class A>
-void transform_input(const Item<A>& it, const View<S>& x, int64_t n, int64_t c0, A* plane, A* work, A* V) {
-  const Plan& p = *it.p;
-  PackedAxis one[kAxes] = {it.packed[kD], it.packed[kH], it.packed[kW]};
-  one[kD].extent = 1;
-  for (int64_t d = 0; d < it.packed[kD].extent; ++d, ++one[kD].index)
-    for (int64_t c = 0; c < p.C; c += kPlaneChannels) {
-      int64_t channels = min(kPlaneChannels, p.C - c);
-      A* to = V + d * it.v_slice + c;
-      pack_window(x, n, c0 + c, one, channels, plane);
-      int64_t x_step[2] = {it.packed[kW].extent * channels, channels};
-      int64_t v_step[2] = {points(p.M[kW]) * it.v_step, it.v_step};
-      with_outputs(p.M[kW], [&](auto M) {
-        for (int64_t h = 0; h < it.n[kH]; ++h)
-          for (int64_t w = 0; w < it.n[kW]; ++w, to += p.c_stride)
-            for (int64_t i = 0; i < channels; i += kLanes<A>)
-              transform_plane<InputTransform, M()>(plane + h * M() * x_step[0] + w * M() * x_step[1] + i, x_step, work,
-                                                   to + i, v_step);
-      });
-    }
-}
-
-// X [d point][tile][c] of some channels.
-template <class A>
-void transform_depth(const Item<A>& it, const A* V, int64_t channels, int64_t x_stride, A* X) {
-  const Plan& p = *it.p;
-  int64_t rows = it.n[kH] * it.n[kW], point = it.n[kD] * rows * x_stride;
-  with_outputs(p.M[kD], [&](auto M) {
-    for (int64_t d = 0; d < it.n[kD]; ++d)
-      for (int64_t r = 0; r < rows; ++r)
-        transform_planes<InputTransform, M()>(V + d * M() * it.v_slice + r * p.c_stride, it.v_slice,
-                                              X + (d * rows + r) * x_stride, point, channels);
-  });
+void start(const Plan& p, int64_t item, Work<S, A>& work) {
+  int64_t rest = item / (p.regions[kD] * p.regions[kH] * p.regions[kW]);
+  work.r = make_region(p, item);
+  work.group = rest % p.groups;
+  work.x.n = rest / p.groups, work.x.c0 = work.group * p.C;
+  place(p, work.r, true, work.x);
+  work.tiles = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    work.box.begin[a] = work.r.begin[a] * p.M[a];
+    work.box.size[a] = min(work.r.n[a] * p.M[a], p.axis[a].count - work.box.begin[a]);
+    work.tiles *= work.r.n[a];
+  }
 }
 
 // Y [tile][k] (+)= X [tile][c] U [c][k]
@@ -214,49 +173,126 @@ void multiply(int64_t tiles, const A* X, int64_t x_stride, const A* U, int64_t c
   }
 }
 
-// M of a block of output channels.
-template <class A, int V>
-void multiply_points(const Item<A>& it, const A* v, const A* U, const A* bias, const A* none, A* X, A* Y, A* M,
-                     int64_t m_step) {
-  const Plan& p = *it.p;
+// Y of one h, w point, its planes transformed back along D, to M.
+template <class S, class A>
+void depth_output(const Plan& p, const Work<S, A>& work, int64_t width, const A* Y, A* M) {
+  int64_t slice = work.tiles / work.r.n[kD] * width;
+  with_outputs(p.M[kD], [&](auto m) {
+    for (int64_t d = 0; d < work.r.n[kD]; ++d)
+      transform_planes<OutputTransform, m()>(Y + d * slice, work.tiles * width, M + d * m() * slice, slice, slice);
+  });
+}
+
+template <class A>
+struct Scratch {  // of a thread
+  A *rows, *X, *Y, *M, *U, *out_tile;
+};
+
+// The point 1 of every axis starts from the bias, the others from zero.
+template <class A>
+struct Bias {
+  alignas(64) A values[kTileVectors * kLanes<A>];
+  alignas(64) A none[kTileVectors * kLanes<A>];
+  int64_t hw, d;
+  const A* at(int64_t q, int64_t point) const { return q == hw && point == d ? values : none; }
+};
+
+template <class S, class A>
+Bias<A> make_bias(const Plan& p, const S* b, int64_t channels) {
+  Bias<A> bias{{}, {}, points(p.M[kW]) + 1, p.M[kD] > 1};
+  if (b) convert(b, bias.values, channels);
+  return bias;
+}
+
+// M of a block of output channels, weights U [h, w point][d point][c][k].
+template <class S, class A, int V>
+void by_regions(const Plan& p, const Work<S, A>& work, const A* U, const Bias<A>& bias, const Scratch<A>& s,
+                int64_t m_step) {
   constexpr int64_t width = V * kLanes<A>;
-  int64_t rows = it.n[kH] * it.n[kW], tiles = it.n[kD] * rows, one = points(p.M[kW]) + 1;
   bool deep = p.M[kD] > 1;
-  for (int64_t q = 0; q < p.points_hw; ++q, v += it.v_step, M += m_step) {
-    A* sums = deep ? Y : M;
+  for (int64_t q = 0; q < p.points_hw; ++q) {
+    A* sums = deep ? s.Y : s.M + q * m_step;
     for (int64_t c = 0; c < p.C; c += kChain) {
-      int64_t channels = min(kChain, p.C - c), x_stride = deep ? round_up(channels, kLanes<A>) : p.c_stride;
-      if (deep) transform_depth(it, v + c, channels, x_stride, X);
-      for (int64_t d = 0; d < p.points_d; ++d) {
-        const A* from = deep ? X + d * tiles * x_stride : v + c;
-        const A* start = c ? nullptr : q == one && d == int64_t(deep) ? bias : none;
-        multiply<A, V>(tiles, from, x_stride, U + ((q * p.points_d + d) * p.C + c) * width, channels, start,
-                       sums + d * tiles * width);
-      }
+      const A* from = work.x.data + q * work.x.step + c;
+      int64_t channels = min(kChain, p.C - c), stride = deep ? round_up(channels, kLanes<A>) : p.c_stride;
+      if (deep)
+        transform_depth<InputTransform>(p, work.r.n[kD], work.tiles / work.r.n[kD], from, work.x.slice, p.c_stride,
+                                        stride, s.X);
+      for (int64_t d = 0; d < p.points_d; ++d)
+        multiply<A, V>(work.tiles, deep ? s.X + d * work.tiles * stride : from, stride,
+                       U + ((q * p.points_d + d) * p.C + c) * width, channels, c ? nullptr : bias.at(q, d),
+                       sums + d * work.tiles * width);
     }
-    if (deep)
-      with_outputs(p.M[kD], [&](auto m) {
-        for (int64_t d = 0; d < it.n[kD]; ++d)
-          transform_planes<OutputTransform, m()>(Y + d * rows * width, tiles * width, M + d * m() * rows * width,
-                                                 rows * width, rows * width);
-      });
+    if (deep) depth_output(p, work, width, s.Y, s.M + q * m_step);
+  }
+}
+
+// U [w point][d point] of one h point, of one vector of weights.
+template <class A>
+void transform_weight_row(const Plan& p, const A* panel, int64_t tap_step, int64_t h, A* U, int64_t u_step) {
+  constexpr int L = kLanes<A>;
+  alignas(64) A planes[3 * 6 * L];
+  bool deep = p.M[kD] > 1;
+  with_outputs(p.M[kW], [&](auto M) {
+    for (int64_t d = 0; d < p.axis[kD].kernel; ++d, panel += 9 * tap_step) {
+      Vec<A> row[3], column[3], u[points(M())];
+      for (int64_t j = 0; j < 3; ++j) {
+        for (int64_t i = 0; i < 3; ++i) column[i] = load(panel + (i * 3 + j) * tap_step);
+        WeightTransform::apply<M()>(column, u);
+        row[j] = u[h];
+      }
+      WeightTransform::apply<M()>(row, u);
+      for (int64_t w = 0; w < points(M()); ++w) store(deep ? planes + (d * 6 + w) * L : U + w * u_step, u[w]);
+    }
+  });
+  if (!deep) return;
+  for (int64_t w = 0; w < points(p.M[kW]); ++w)
+    with_outputs(p.M[kD], [&](auto M) {
+      transform_line<WeightTransform, M()>(planes + w * L, 6 * L, U + w * p.points_d * u_step, u_step);
+    });
+}
+
+// The same from the packed weights [tap][c][k].
+template <class S, class A, int V>
+void by_weights(const Plan& p, const Work<S, A>& work, const A* panel, const Bias<A>& bias, const Scratch<A>& s,
+                int64_t m_step) {
+  constexpr int64_t width = V * kLanes<A>, u_step = kChain * width;
+  bool deep = p.M[kD] > 1;
+  int64_t columns = points(p.M[kW]), point = work.tiles * width;
+  for (int64_t h = 0; h < points(p.M[kH]); ++h) {
+    A* sums = deep ? s.Y : s.M + h * columns * m_step;
+    for (int64_t c = 0; c < p.C; c += kChain) {
+      int64_t channels = min(kChain, p.C - c);
+      for (int64_t i = 0; i < channels * width; i += kLanes<A>)
+        transform_weight_row(p, panel + c * width + i, p.C * width, h, s.U + i, u_step);
+      for (int64_t w = 0; w < columns; ++w)
+        for (int64_t d = 0; d < p.points_d; ++d) {
+          int64_t q = h * columns + w;
+          const A* from =
+              deep ? work.X + (q * p.points_d + d) * work.tiles * p.c_stride : work.x.data + q * work.x.step;
+          multiply<A, V>(work.tiles, from + c, p.c_stride, s.U + (w * p.points_d + d) * u_step, channels,
+                         c ? nullptr : bias.at(q, d), sums + (deep ? (w * p.points_d + d) * point : w * m_step));
+        }
+    }
+    for (int64_t w = 0; deep && w < columns; ++w)
+      depth_output(p, work, width, s.Y + w * p.points_d * point, s.M + (h * columns + w) * m_step);
   }
 }
 
 // M back to the outputs of a block of `channels` output channels; a tile over the edge goes there through `spare`.
-template <class A>
-void transform_output(const Item<A>& it, const A* M, int64_t m_step, int64_t width, int64_t channels, A* work, A* spare,
+template <class S, class A>
+void transform_output(const Plan& p, const Work<S, A>& at, const A* M, int64_t m_step, int64_t width, int64_t channels,
                       const Target<A>& y) {
   constexpr int L = kLanes<A>;
-  const Plan& p = *it.p;
+  alignas(64) A work[36 * L], spare[16 * L];
   int64_t step[2] = {points(p.M[kW]) * m_step, m_step}, spare_step[2] = {p.M[kW] * L, L};
   with_outputs(p.M[kW], [&](auto m) {
-    for (int64_t d = 0; d < it.n[kD] * p.M[kD]; ++d)
-      for (int64_t h = 0; h < it.n[kH]; ++h)
-        for (int64_t w = 0; w < it.n[kW]; ++w, M += width) {
-          if (d >= it.box.size[kD]) continue;
-          int64_t rows = min<int64_t>(m(), it.box.size[kH] - h * m());
-          int64_t columns = min<int64_t>(m(), it.box.size[kW] - w * m());
+    for (int64_t d = 0; d < at.r.n[kD] * p.M[kD]; ++d)
+      for (int64_t h = 0; h < at.r.n[kH]; ++h)
+        for (int64_t w = 0; w < at.r.n[kW]; ++w, M += width) {
+          if (d >= at.box.size[kD]) continue;
+          int64_t rows = min<int64_t>(m(), at.box.size[kH] - h * m());
+          int64_t columns = min<int64_t>(m(), at.box.size[kW] - w * m());
           A* to = y.data + d * y.axis[kD] + h * m() * y.axis[kH] + w * m() * y.axis[kW];
           for (int64_t k = 0; k < channels; k += L) {
             int lanes = int(min<int64_t>(L, channels - k));
@@ -273,60 +309,126 @@ void transform_output(const Item<A>& it, const A* M, int64_t m_step, int64_t wid
   });
 }
 
+// One block of output channels of a region; U: or the packed weights.
+template <class S, class A>
+void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U, const S* b, const View<S>& y,
+                  const Scratch<A>& s) {
+  constexpr bool same = std::is_same<S, A>::value;
+  bool direct = same && y.c == 1;
+  ChannelBlocks<A> blocks(p.K, p.block_vectors);
+  int64_t k = work.group * p.K + kb * blocks.width, width = blocks.padded_width(kb), used = blocks.used(kb);
+  int64_t points = p.weights_first ? p.taps : p.points_d * p.points_hw;
+  int64_t m_step = point_step<A>(work.tiles * p.M[kD] * width);
+  Bias<A> bias = make_bias<S, A>(p, b ? b + k : nullptr, used);
+  U += (work.group * blocks.padded() + kb * blocks.width) * p.C * points;
+  with_vectors(blocks.vectors(kb), [&](auto v) {
+    if (p.weights_first) by_weights<S, A, v()>(p, work, U, bias, s, m_step);
+    else by_regions<S, A, v()>(p, work, U, bias, s, m_step);
+  });
+  int64_t row = work.box.size[kW] * width;
+  Target<A> target{s.out_tile, {work.box.size[kH] * row, row, width}};
+  if constexpr (same) {
+    if (direct) target = target_in(y, work.box, work.x.n, k);
+  }
+  transform_output(p, work, s.M, m_step, width, direct ? used : width, target);
+  if (!direct) flush(target, y, work.box, work.x.n, k, used);
+}
+
 template <class A>
 int64_t thread_bytes(const Plan& p) {
   int64_t bytes = 0;
-  for (int64_t n : {p.plane, p.V, p.X, p.Y, p.M_size, p.out_tile}) bytes += aligned(n * int64_t(sizeof(A)));
+  for (int64_t n :
+       {p.rows, p.weights_first ? 0 : p.X, p.Y, p.M_size, p.weights_first ? p.transformed : p.V, p.out_tile})
+    bytes += aligned(n * int64_t(sizeof(A)));
   for (int a = 0; a < kAxes; ++a) bytes += aligned(p.index[a] * 8);
   return bytes;
 }
 
+template <class A>
+int64_t shared_bytes(const Plan& p) {
+  int64_t bytes = aligned((p.weights_first ? p.batch * p.V : p.transformed) * sizeof(A));
+  if (p.weights_first) bytes += p.batch * aligned(p.X * sizeof(A));
+  for (int a = 0; a < kAxes; ++a) bytes += p.batch * aligned(p.index[a] * 8);
+  return bytes + aligned(p.panel * sizeof(A));
+}
+
+template <class A>
+Scratch<A> take_scratch(const Plan& p, char*& mine) {
+  A* rows = take<A>(mine, p.rows);
+  A* X = take<A>(mine, p.weights_first ? 0 : p.X);
+  A* Y = take<A>(mine, p.Y);
+  A* M = take<A>(mine, p.M_size);
+  return {rows, X, Y, M, nullptr, take<A>(mine, p.out_tile)};
+}
+
+template <class S, class A>
+void regions_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, char* scratch,
+                   int threads) {
+  A* U = take<A>(scratch, p.transformed);
+  transform_weights(p, panel, U, threads);
+  int64_t per_thread = thread_bytes<A>(p);
+  parallel_for(threads, p.all, [&](int64_t item, int thread) {
+    char* mine = scratch + thread * per_thread;
+    Scratch<A> s = take_scratch<A>(p, mine);
+    Work<S, A> work{{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(mine, p.V)}, {}, 0, 0, nullptr};
+    for (int a = 0; a < kAxes; ++a) work.x.packed[a].index = take<int64_t>(mine, p.index[a]);
+    start(p, item, work);
+    alignas(64) A plane[36 * kLanes<A>];
+    for (int64_t d = 0; d < work.x.packed[kD].extent; ++d)
+      transform_rows<InputTransform>(p, work.r, work.x, d, 0, work.r.n[kH], s.rows, plane);
+    for (int64_t kb = 0; kb < ChannelBlocks<A>(p.K, p.block_vectors).count; ++kb) output_block(p, work, kb, U, b, y, s);
+  });
+}
+
+template <class S, class A>
+void weights_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, char* scratch,
+                   int threads) {
+  Work<S, A> works[kBatch];
+  for (int64_t i = 0; i < p.batch; ++i) {
+    works[i] = {{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)}, {}, 0, 0, nullptr};
+    works[i].X = take<A>(scratch, p.X);
+    for (int a = 0; a < kAxes; ++a) works[i].x.packed[a].index = take<int64_t>(scratch, p.index[a]);
+  }
+  int64_t per_thread = thread_bytes<A>(p), blocks = ChannelBlocks<A>(p.K, p.block_vectors).count;
+  for (int64_t first = 0; first < p.all; first += p.batch) {
+    int64_t count = min(p.batch, p.all - first), planes = p.index[kD], rows = p.most[kH];
+    for (int64_t i = 0; i < count; ++i) start(p, first + i, works[i]);
+    parallel_for(threads, count * planes * rows, [&](int64_t item, int thread) {
+      const Work<S, A>& work = works[item / (planes * rows)];
+      int64_t d = item / rows % planes, h = item % rows;
+      if (d >= work.x.packed[kD].extent || h >= work.r.n[kH]) return;
+      alignas(64) A plane[36 * kLanes<A>];
+      A* packed = reinterpret_cast<A*>(scratch + thread * per_thread);
+      transform_rows<InputTransform>(p, work.r, work.x, d, h, 1, packed, plane);
+    });
+    parallel_for(threads, p.M[kD] > 1 ? count * p.points_hw : 0, [&](int64_t item, int) {
+      const Work<S, A>& work = works[item / p.points_hw];
+      int64_t q = item % p.points_hw;
+      transform_depth<InputTransform>(p, work.r.n[kD], work.tiles / work.r.n[kD], work.x.data + q * work.x.step,
+                                      work.x.slice, p.c_stride, p.c_stride,
+                                      work.X + q * p.points_d * work.tiles * p.c_stride);
+    });
+    parallel_for(threads, count * blocks, [&](int64_t item, int thread) {
+      char* mine = scratch + thread * per_thread;
+      Scratch<A> s = take_scratch<A>(p, mine);
+      s.U = take<A>(mine, p.transformed);
+      output_block(p, works[item % count], item / count, panel, b, y, s);
+    });
+  }
+}
+
 template <class S, class A>
 void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, char* scratch, int threads) {
-  constexpr int L = kLanes<A>;
-  ChannelBlocks<A> blocks(p.K, p.block_vectors);
   A* panel = take<A>(scratch, p.panel);
-  A* U = take<A>(scratch, p.transformed);
-  pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.C}, blocks, w, panel, threads);
-  transform_weights(p, panel, U, threads);
-  constexpr bool same = std::is_same<S, A>::value;
-  bool direct = same && y.c == 1;
-  int64_t per_thread = thread_bytes<A>(p);
-  parallel_for(threads, p.items, [&](int64_t item, int thread) {
-    char* mine = scratch + thread * per_thread;
-    A* plane = take<A>(mine, p.plane);
-    A* V = take<A>(mine, p.V);
-    A* X = take<A>(mine, p.X);
-    A* Y = take<A>(mine, p.Y);
-    A* M = take<A>(mine, p.M_size);
-    A* out_tile = take<A>(mine, p.out_tile);
-    int64_t* index[kAxes];
-    for (int a = 0; a < kAxes; ++a) index[a] = take<int64_t>(mine, p.index[a]);
-    alignas(64) A work[36 * L], spare[16 * L], bias[kTileVectors * L], none[kTileVectors * L] = {};
-    Item<A> it = make_item<A>(p, item, index);
-    int64_t rest = item / (p.regions[kD] * p.regions[kH] * p.regions[kW]), group = rest % p.groups, n = rest / p.groups;
-    transform_input(it, x, n, group * p.C, plane, work, V);
-    for (int64_t kb = 0; kb < blocks.count; ++kb) {
-      int64_t k = group * p.K + kb * blocks.width, width = blocks.padded_width(kb);
-      zero(bias, kTileVectors * L);
-      if (b) convert(b + k, bias, blocks.used(kb));
-      const A* u = U + (group * blocks.padded() + kb * blocks.width) * p.C * p.points_d * p.points_hw;
-      int64_t m_step = point_step<A>(it.n[kD] * p.M[kD] * it.n[kH] * it.n[kW] * width);
-      with_vectors(blocks.vectors(kb), [&](auto v) { multiply_points<A, v()>(it, V, u, bias, none, X, Y, M, m_step); });
-      int64_t row = it.box.size[kW] * width;
-      Target<A> target{out_tile, {it.box.size[kH] * row, row, width}};
-      if constexpr (same) {
-        if (direct) target = target_in(y, it.box, n, k);
-      }
-      transform_output(it, M, m_step, width, direct ? blocks.used(kb) : width, work, spare, target);
-      if (!direct) flush(target, y, it.box, n, k, blocks.used(kb));
-    }
-  });
+  pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.C}, ChannelBlocks<A>(p.K, p.block_vectors), w, panel,
+               threads);
+  if (p.weights_first) weights_first(p, x, panel, b, y, scratch, threads);
+  else regions_first(p, x, panel, b, y, scratch, threads);
 }
 
 template <class A>
 int64_t scratch_bytes(const Plan& p, int threads) {
-  return aligned(p.panel * sizeof(A)) + aligned(p.transformed * sizeof(A)) + thread_bytes<A>(p) * threads;
+  return shared_bytes<A>(p) + thread_bytes<A>(p) * threads;
 }
 
 template <class S>

@@ -13,7 +13,7 @@
 #include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
-#include "winograd.h"
+#include "winograd_region.h"
 
 namespace convoxel {
 namespace {
@@ -23,18 +23,11 @@ constexpr int64_t kRun = 16;                       // regions
 constexpr int64_t kRegionDepth = 8;                // tiles: two more planes of x than outputs are transformed
 constexpr int64_t kPassTiles = 64;                 // of one chain of sums
 constexpr int64_t kPassBytes = 512 * 1024;         // of V and W of all points along D for a pass
-constexpr int64_t kRowChannels = 32;               // of x that are packed at a time
 
-struct Plan {
-  int64_t N, groups, C, K, taps;
-  int M[kAxes];
-  Axis axis[kAxes];
-  int64_t tiles[kAxes], regions[kAxes], most[kAxes];                // most: tiles of a region
-  int64_t points_d, points_hw, c_stride, k_stride, pass, of_group;  // of_group: regions
-  int64_t V, W, V_pass, W_pass, row, dU, panel, index[kAxes];       // elements of scratch; dU: of a group
+struct Plan : Tiling {
+  int64_t c_stride, k_stride, pass, of_group;                  // of_group: regions
+  int64_t V, W, V_pass, W_pass, row, dU, panel, index[kAxes];  // elements of scratch; dU: of a group
 };
-
-inline int64_t extent_of(const Plan& p, int a, int64_t tiles) { return tiles * p.M[a] + p.axis[a].kernel - 1; }
 
 template <class A>
 void choose_regions(Plan& p) {
@@ -44,24 +37,13 @@ void choose_regions(Plan& p) {
   int64_t room = max<int64_t>(1, bytes / column);
   p.most[kW] = min(p.tiles[kW], room);
   p.most[kH] = min(p.tiles[kH], max<int64_t>(1, room / p.most[kW]));
-  for (int a = 0; a < kAxes; ++a) {
-    p.regions[a] = ceil_div(p.tiles[a], p.most[a]);
-    p.most[a] = ceil_div(p.tiles[a], p.regions[a]);
-  }
+  even_regions(p);
 }
 
 template <class A>
 Plan make_plan(const ConvGeometry& g) {
   Plan p{};
-  p.N = g.N, p.groups = g.groups, p.C = g.C / g.groups, p.K = g.K / g.groups;
-  p.taps = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    p.axis[a] = make_axis(g.axis[a], false);
-    p.M[a] = g.tile[a];
-    p.taps *= p.axis[a].kernel;
-    p.tiles[a] = ceil_div(p.axis[a].out, p.M[a]);
-  }
-  p.points_d = points(p.M[kD]), p.points_hw = points(p.M[kH]) * points(p.M[kW]);
+  set_tiling(p, g, false);
   ChannelBlocks<A> blocks(p.K);
   p.c_stride = round_up(p.C, kLanes<A>), p.k_stride = blocks.padded();
   p.dU = p.points_hw * p.points_d * p.k_stride * p.C;
@@ -74,74 +56,10 @@ Plan make_plan(const ConvGeometry& g) {
   p.W = p.points_hw * point_step<A>(p.most[kD] * p.M[kD] * plane * p.k_stride);
   p.V_pass = p.points_d * p.most[kD] * rows * p.c_stride;
   p.W_pass = p.points_d * p.most[kD] * rows * p.k_stride;
-  p.row = extent_of(p, kH, 1) * extent_of(p, kW, p.most[kW]) * kRowChannels + kLanes<A>;
+  p.row = packed_elements<A>(p, 1);
   p.panel = p.groups * p.k_stride * p.C * p.taps;
   for (int a = 0; a < kAxes; ++a) p.index[a] = extent_of(p, a, p.most[a]);
   return p;
-}
-
-// x or dy of a region: what is packed, and where its transform [h, w point][plane][tile][channel] goes.
-template <class S, class A>
-struct Side {
-  View<S> from;
-  int64_t n, c0, channels;
-  PackedAxis packed[kAxes];
-  int64_t stride, slice, step;  // elements of a tile, of a plane, of a point
-  A* data;
-};
-
-struct Region {
-  int64_t begin[kAxes], n[kAxes];  // tiles
-};
-
-inline Region make_region(const Plan& p, int64_t at) {
-  Region r;
-  for (int a = kW; a >= kD; at /= p.regions[a--]) {
-    Range tiles = piece(p.tiles[a], p.regions[a], at % p.regions[a]);
-    r.begin[a] = tiles.begin, r.n[a] = tiles.end - tiles.begin;
-  }
-  return r;
-}
-
-template <class S, class A>
-void place(const Plan& p, const Region& r, bool is_x, Side<S, A>& s) {
-  for (int a = 0; a < kAxes; ++a) {
-    PackedAxis& k = s.packed[a];
-    k.dense = true, k.size = is_x ? p.axis[a].in : p.axis[a].out;
-    k.extent = is_x ? extent_of(p, a, r.n[a]) : r.n[a] * p.M[a];
-    k.first = r.begin[a] * p.M[a] + (is_x ? p.axis[a].lowest : 0);
-    for (int64_t i = 0; i < k.extent; ++i) fill(k, i, k.first + i);
-  }
-  s.slice = r.n[kH] * r.n[kW] * s.stride;
-  s.step = point_step<A>(s.packed[kD].extent * s.slice);
-}
-
-// One plane of one row of tiles, along H and W.
-template <class T, class S, class A>
-void transform_row(const Plan& p, const Region& r, const Side<S, A>& s, int64_t d, int64_t h, A* row, A* work) {
-  with_outputs(p.M[kW], [&](auto M) {
-    PackedAxis one[kAxes] = {s.packed[kD], s.packed[kH], s.packed[kW]};
-    one[kD].extent = 1, one[kD].index += d;
-    one[kH].extent = T::in(M()), one[kH].index += h * M();
-    int64_t v_step[2] = {points(M()) * s.step, s.step};
-    for (int64_t c = 0; c < s.channels; c += kRowChannels) {
-      int64_t channels = min(kRowChannels, s.channels - c), x_step[2] = {one[kW].extent * channels, channels};
-      A* to = s.data + d * s.slice + h * r.n[kW] * s.stride + c;
-      pack_window(s.from, s.n, s.c0 + c, one, channels, row);
-      for (int64_t w = 0; w < r.n[kW]; ++w, to += s.stride)
-        for (int64_t i = 0; i < channels; i += kLanes<A>)
-          transform_plane<T, M()>(row + w * M() * channels + i, x_step, work, to + i, v_step);
-    }
-  });
-}
-
-// to [d point][tile][channel] of n tiles of each plane.
-template <class T, class A>
-void transform_depth(const Plan& p, int64_t tiles_d, int64_t n, const A* from, int64_t slice, int64_t stride, A* to) {
-  with_outputs(p.M[kD], [&](auto M) {
-    for (int64_t d = 0; d < tiles_d; ++d)
-      transform_planes<T, M()>(from + d * M() * slice, slice, to + d * n * stride, tiles_d * n * stride, n * stride);
-  });
 }
 
 // dU [block of k][c][k] += over tiles of V [tile][c] W [tile][k].
@@ -174,8 +92,8 @@ void add_point(const Plan& p, const Region& r, const Side<S, A>& x, const Side<S
       multiply<A>(p, {{r.n[kD], n}, {x.slice, x.stride}, {dy.slice, dy.stride}}, v, w, dU);
       continue;
     }
-    transform_depth<InputTransform>(p, r.n[kD], n, v, x.slice, x.stride, V);
-    transform_depth<OutputAdjoint>(p, r.n[kD], n, w, dy.slice, dy.stride, W);
+    transform_depth<InputTransform>(p, r.n[kD], n, v, x.slice, x.stride, x.stride, V);
+    transform_depth<OutputAdjoint>(p, r.n[kD], n, w, dy.slice, dy.stride, dy.stride, W);
     for (int64_t d = 0; d < p.points_d; ++d)
       multiply<A>(p, {{1, tiles}, {0, x.stride}, {0, dy.stride}}, V + d * tiles * x.stride, W + d * tiles * dy.stride,
                   dU + d * p.k_stride * p.C);
@@ -270,8 +188,8 @@ void weight_grad(const ConvCall& call) {
       alignas(64) A work[36 * kLanes<A>];
       A* row = reinterpret_cast<A*>(scratch + thread * per_thread);
       int64_t j = item < of_x ? item : item - of_x, d = j / r.n[kH], h = j % r.n[kH];
-      if (item < of_x) transform_row<InputTransform>(p, r, x, d, h, row, work);
-      else transform_row<OutputAdjoint>(p, r, dy, d, h, row, work);
+      if (item < of_x) transform_rows<InputTransform>(p, r, x, d, h, 1, row, work);
+      else transform_rows<OutputAdjoint>(p, r, dy, d, h, 1, row, work);
     });
     parallel_for(threads, p.points_hw, [&](int64_t q, int thread) {
       char* mine = scratch + thread * per_thread + aligned(p.row * sizeof(A));

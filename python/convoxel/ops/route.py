@@ -48,30 +48,35 @@ class Work:
 
 
 def direct_cycles(work: Work) -> float:
-    """Two multiply-adds of a vector a cycle, of which the direct engine reaches 0.8."""
-    pixels = work.images * work.groups * prod(work.out)
-    return pixels * prod(work.taps) * work.c * work.k_vectors / 2 / 0.8
+    """Two multiply-adds of a vector a cycle, of which the direct engine reaches 0.8; weights come from far."""
+    pixels = work.images * prod(work.out)
+    vectors = prod(work.taps) * work.c * work.k_vectors
+    return work.groups * (pixels * vectors / 2 / 0.8 + vectors * 60)
 
 
 def winograd_cycles(work: Work, tile: Tile, gradient: bool) -> float:
-    """Of a correlation: products at 0.68 of the peak; 18 and 9 cycles a point for the transforms of a vector of x
-    and of y; weights of more than 1 MiB are transformed and read again from a far cache, the reading shared by 32
-    tiles. Of a weight gradient: products at 0.8, 22 and 18 cycles; sums that lie in a far cache are written, added
-    to and transformed."""
+    """Products at so much of the peak, cycles a point for the transforms of a vector of x and of y, and cycles for a
+    vector of transformed weights, where they do not stay near (1 MiB)."""
     points = prod(m + 2 if m > 1 else 1 for m in tile)
-    tiles = work.images * prod(ceil(n / m) for n, m in zip(work.out, tile, strict=True))
-    products = tiles * points * work.c * work.k_vectors / 2
-    vectors = points * work.c * work.k_vectors
-    far = vectors * LANES * 4 > 2**20
+    tiles = prod(ceil(n / m) for n, m in zip(work.out, tile, strict=True))
+    products = work.images * tiles * points * work.c * work.k_vectors / 2
+    transforms = work.images * tiles * points
+    c_vectors, vectors = ceil(work.c / LANES), points * work.c * work.k_vectors
+    near = vectors * LANES * 4 <= 2**20
     if gradient:
-        products /= 0.8
-        transforms = tiles * points * (22 * ceil(work.c / LANES) + 18 * work.k_vectors)
-        weights = vectors * (80.0 if far else 12.0)
-    else:
-        products /= 0.68
-        transforms = tiles * points * (18 * ceil(work.c / LANES) + 9 * work.k_vectors)
-        weights = vectors * (60 + ceil(tiles / 32) * 64 * 0.2 if far else 6)
-    return work.groups * (products + transforms + weights)
+        cycles = (
+            products / 0.8
+            + transforms * (22 * c_vectors + 18 * work.k_vectors)
+            + vectors * (12 if near else 55)
+        )
+    elif (
+        not near and tiles <= 128
+    ):  # "weights first" in conv_winograd.cpp: transformed for 64 tiles, never stored
+        cycles = products / 0.45 + work.images * ceil(tiles / 64) * (vectors * 13 + vectors / points * 8 * 27)
+    else:  # stored, and read again by 32 tiles at a time
+        again = 6 if near else 60 + work.images * ceil(tiles / 32) * 13
+        cycles = products / 0.68 + transforms * (18 * c_vectors + 9 * work.k_vectors) + vectors * again
+    return work.groups * cycles
 
 
 def tiles(taps: tuple[int, ...]) -> Iterator[Tile]:
