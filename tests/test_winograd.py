@@ -150,7 +150,6 @@ def test_same_bits_for_every_number_of_threads_and_every_neighbourhood() -> None
         ("conv n1 c32 k64 i64x64x64 f3x3x3 d2x2x2 p2x2x2", "direct"),
         ("conv n1 c32 k32 i64x64x64 f5x5x5 p2x2x2", "direct"),
         ("conv n1 c320 k320 i4x4x4 f3x3x3 p1x1x1", "winograd"),
-        ("conv n1 c64 k64 i2x2x2 f3x3x3 p1x1x1", "direct"),
         ("conv n1 c32 k32 i96x96x96 f3x3x3 p1x1x1 g32", "direct"),
     ],
 )
