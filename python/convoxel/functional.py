@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as _torch
 from torch import Tensor
 from torch.nn.functional import *  # noqa: F403
@@ -29,7 +28,7 @@ from .ops import conv as _conv
 from .ops import norm as _norm
 from .ops import pool as _pool
 from .ops import resample as _resample
-from .ops.library import autocast, full_precision, why_not
+from .ops.library import autocast, autocasts, full_precision, registered, why_not
 
 Size = int | tuple[int, ...]
 TENSORS = {"input", "weight", "bias", "running_mean", "running_var"}
@@ -53,16 +52,35 @@ def _served(count: int, lower_precision: bool = False) -> Callable[[Callable[...
                     raise TypeError(f"{name}(): argument '{what}' must be Tensor, not {type(value).__name__}")
             if tensors and (reason := why_not(*tensors)):
                 runtime.handed(name, reason)
-                return fallback(*args, **kwargs)
-            if lower_precision and tensors and torch.is_autocast_enabled(tensors[0].device.type):
+                return _by_torch(name, reason, fallback, args, kwargs)
+            if lower_precision and tensors and autocasts(tensors[0].device):
                 args = (*autocast(*args[:count]), *args[count:])
                 kwargs = {k: autocast(v)[0] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
+                op, _, rest = str(error).partition(": ")
+                if op not in registered():
+                    raise
+                raise type(error)(f"{name}: {rest}") from None  # the operator's, named as it was called
 
         wrapper.__doc__ = f"torch.nn.functional.{name}, on convoxel's kernels."
         return wrapper
 
     return decorate
+
+
+def _by_torch(name: str, reason: str, fallback: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """torch's result; what it refuses for a dtype names the function and a remedy."""
+    try:
+        return fallback(*args, **kwargs)
+    except RuntimeError as error:
+        if not reason.startswith("dtype"):
+            raise
+        raise type(error)(
+            f"{name}: torch takes this call ({reason}) and says: {error}; convert the tensors to one floating "
+            "point dtype, for example with .float()"
+        ) from None
 
 
 # Convolution and linear ---------------------------------------------------------------------------

@@ -29,18 +29,23 @@ def class_labels(output: Tensor, target: Tensor, who: str) -> Tensor:
     """
     if output.ndim < 2:
         raise ValueError(f"{who}: the output must be (N, K, ...), received {tuple(output.shape)}")
+    expected = output.shape[:1] + output.shape[2:]
     if target.is_floating_point() or target.is_complex():
+        one_hot = target.shape == output.shape
         raise TypeError(
             f"{who}: labels must be integers (one class number per position), received {target.dtype}; "
-            "convert them with .long() or .astype('int64')"
+            + (
+                "one-hot labels become class numbers by .argmax(1)"
+                if one_hot
+                else "convert them with .long() or .astype('int64')"
+            )
         )
-    expected = output.shape[:1] + output.shape[2:]
     if target.ndim == output.ndim and target.shape[1] == 1:
         target = target.squeeze(1)
     if target.shape != expected:
         raise ValueError(
             f"{who}: an output of shape {tuple(output.shape)} (N, K, ...) needs integer labels of shape "
-            f"{tuple(expected)}, received {tuple(target.shape)}"
+            f"{tuple(expected)}, received {tuple(target.shape)}; cut or reshape the labels as the images are"
         )
     labels, classes = target.long(), max(output.shape[1], 2)
     if labels.numel():
@@ -190,7 +195,8 @@ class BinaryCrossEntropy(Loss):
         if target.shape != output.shape:
             raise ValueError(
                 f"{who}: the target must have the output's shape {tuple(output.shape)} "
-                f"(or lack axis 1 where that is 1), received {tuple(target.shape)}"
+                f"(or lack axis 1 where that is 1), received {tuple(target.shape)}; "
+                "for class numbers use cross_entropy"
             )
         if self.from_logits:
             _check_unit_interval(target, f"{who}: targets")

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch  # before _C: both then share torch's OpenMP threads
 
@@ -25,17 +26,24 @@ _FLAGS = {"": False, "0": False, "false": False, "no": False, "off": False,
           "1": True, "true": True, "yes": True, "on": True}  # fmt: skip
 
 
+def _refuse(message: str) -> NoReturn:
+    """A wrong setting stops the import; of the command, which is not running yet, in one line."""
+    if Path(sys.argv[0]).name == "convoxel" or (sys.argv[0] == "-m" and "convoxel" in sys.orig_argv):
+        sys.exit(f"convoxel: {message}")
+    raise ValueError(message)
+
+
 def _flag(name: str) -> bool:
     value = os.environ.get(name, "")
     if value.lower() not in _FLAGS:
-        raise ValueError(f"{name}={value}: expected 1 or 0")
+        _refuse(f"{name}={value}: expected 1 or 0")
     return _FLAGS[value.lower()]
 
 
 def _from_environment(name: str, default: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(name, default) or default
     if value not in allowed:
-        raise ValueError(f"{name}={value}: expected one of {', '.join(allowed)}")
+        _refuse(f"{name}={value}: expected one of {', '.join(allowed)}")
     return value
 
 
@@ -129,7 +137,10 @@ def set_isa(name: str) -> None:
     _C.set_isa(name)
 
 
-isa()  # a wrong CONVOXEL_ISA stops the import, not the first call
+try:
+    isa()  # a wrong CONVOXEL_ISA stops the import, not the first call
+except ValueError as wrong:
+    _refuse(str(wrong))
 
 
 def handed(op: str, reason: str) -> None:

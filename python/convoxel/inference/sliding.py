@@ -103,6 +103,11 @@ def sliding_window_inference(
         >>> sliding_window_inference(image, 32, 4, lambda x: 2 * x, mode="gaussian").shape
         torch.Size([1, 1, 100, 90, 80])
     """
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"sliding_window_inference: expected a tensor (N, C, *spatial), received {type(inputs).__name__}; "
+            "torch.from_numpy makes one of an array"
+        )
     roi = window_size(roi_size, inputs)
     rank, target = len(roi), inputs.device if device is None else torch.device(device)
     worker = inputs.device if sw_device is None else torch.device(sw_device)

@@ -41,6 +41,11 @@ class Sequential(Trainer, nn.Sequential):
                 f"{type(first).__name__} needs x of shape ({axes}), received {tuple(x.shape)}; "
                 "a missing channel axis is added by x[:, None]"
             )
+        if isinstance(first, _ConvNd) and first.in_channels not in (0, x.shape[1]):  # 0: lazy
+            raise ValueError(
+                f"{type(first).__name__} needs x with {first.in_channels} channels (N, C, ...), received "
+                f"{tuple(x.shape)}; choose the channels, or build the layer for {x.shape[1]}"
+            )
 
 
 class Model(Trainer):

@@ -87,8 +87,16 @@ def batches(
     if isinstance(x, (np.ndarray, Tensor)):
         _check_arrays(x, y, labelled)
         return ArrayBatches(x, y, batch_size or DEFAULT_BATCH_SIZE, shuffle)
+    if not isinstance(x, (Dataset, Iterable)) or isinstance(x, (str, Mapping)):
+        raise TypeError(
+            "expected arrays (numpy or torch), a torch Dataset, or a loader that yields (x, y), "
+            f"received {type(x).__name__}"
+        )
     if y is not None:
-        raise ValueError(f"y goes with an array x; a {type(x).__name__} must yield (x, y) itself")
+        raise ValueError(
+            f"y goes with an array x; a {type(x).__name__} must yield (x, y) itself: if it holds the samples, "
+            "make it an array with numpy.asarray(x)"
+        )
     if isinstance(x, Dataset):
         shuffle = shuffle and not isinstance(x, IterableDataset)
         # A loader draws a seed from torch's generator even when it has nothing to shuffle: with a generator
@@ -96,11 +104,6 @@ def batches(
         generator = None if shuffle else torch.Generator()
         return DataLoader(
             x, batch_size or DEFAULT_BATCH_SIZE, shuffle=shuffle, collate_fn=collate, generator=generator
-        )
-    if not isinstance(x, Iterable) or isinstance(x, (str, Mapping)):
-        raise TypeError(
-            "expected arrays (numpy or torch), a torch Dataset, or a loader that yields (x, y), "
-            f"received {type(x).__name__}"
         )
     if batch_size is not None:
         raise ValueError(

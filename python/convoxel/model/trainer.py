@@ -211,7 +211,12 @@ class Trainer(nn.Module):
         data = batches(x, y, batch_size, shuffle)
         validation = None if validation_data is None else _validation(validation_data, batch_size)
         self.history, self.stop_training = History(), False
-        listeners = [self.history, *([callbacks] if isinstance(callbacks, Callback) else callbacks)]
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        if wrong := [c for c in given if not isinstance(c, Callback)]:
+            raise TypeError(
+                f"callbacks must be convoxel.callbacks.Callback objects, received {type(wrong[0]).__name__}"
+            )
+        listeners = [self.history, *given]
         for listener in listeners:
             listener.set_model(self)
         if not self._lazy():

@@ -13,7 +13,7 @@ y (N, K, OD, OH, OW); the public functions lift 1-D and 2-D with unit extents.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ def check(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b: Tensor
           stride: Ints, padding: Ints, dilation: Ints, groups: int) -> tuple[int, ...]:  # fmt: skip
     """The output's shape (N, K, OD, OH, OW); RuntimeError with what, expected, received, remedy."""
     shapes = f"x {tuple(x_shape)}, weight {tuple(w_shape)}, groups {groups}"
-    if len(x_shape) != 5 or len(w_shape) != 5:
-        raise RuntimeError(f"{op}: expected x and weight with 5 axes (N, C, D, H, W), received {shapes}")
+    names = f"(N, C, {SPATIAL_NAMES[len(stride)]})"
+    if {len(x_shape), len(w_shape)} != {len(stride) + 2}:
+        raise RuntimeError(
+            f"{op}: expected x and weight with {len(stride) + 2} axes {names}, received {shapes}"
+        )
     if groups < 1:
         raise RuntimeError(f"{op}: groups must be positive, received {groups}")
     if min(stride) < 1 or min(dilation) < 1:
@@ -73,7 +76,7 @@ def check(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b: Tensor
     out = tuple(conv_out_size(*a) for a in axes)
     if min(out) < 1:
         raise RuntimeError(
-            f"{op}: kernel size can't be greater than the padded input: x {tuple(x_shape)} (N, C, D, H, W), kernel "
+            f"{op}: kernel size can't be greater than the padded input: x {tuple(x_shape)} {names}, kernel "
             f"{tuple(w_shape[2:])}, padding {tuple(padding)}, dilation {tuple(dilation)} give an output of {out}; "
             "enlarge x or its padding"
         )
@@ -395,8 +398,21 @@ def convolution(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, 
             x, padding_ = _same_padding(name, x, w.shape[2:], stride, dilation)
     else:
         padding_ = as_tuple(padding, rank, name, "padding")
-    y = conv(to_3d(x), to_3d(w), b, lift(stride, 1), lift(padding_, 0), lift(dilation, 1), groups)
+    try:
+        y = conv(to_3d(x), to_3d(w), b, lift(stride, 1), lift(padding_, 0), lift(dilation, 1), groups)
+    except RuntimeError as error:
+        how = (b, w.shape[0], stride, padding_, dilation, groups)
+        raise _in_its_rank(error, lambda: check(name, x.shape, w.shape, None, *how)) from None
     return from_3d(y, rank, batched)
+
+
+def _in_its_rank(error: RuntimeError, again: Callable[[], Any]) -> RuntimeError:
+    """What was wrong with a call, with the caller's axes where shapes were."""
+    try:
+        again()
+    except RuntimeError as clearer:
+        return clearer
+    return error
 
 
 def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any,
@@ -423,7 +439,20 @@ def conv_transpose(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: An
     if any(extra):
         x = torch.nn.functional.pad(x, [v for e in reversed(extra) for v in (0, e)])
     how = (lift(s, 1), lift(p, 0), lift(d, 1), groups)
-    return from_3d(conv_input_grad(to_3d(x), to_3d(w), b, *how, lift(size, 1)), rank, batched)
+    try:
+        return from_3d(conv_input_grad(to_3d(x), to_3d(w), b, *how, lift(size, 1)), rank, batched)
+    except RuntimeError as error:
+        raise _in_its_rank(error, lambda: _check_transposed(name, x, w, b, groups)) from None
+
+
+def _check_transposed(name: str, x: Tensor, w: Tensor, b: Tensor | None, groups: int) -> None:
+    shapes = f"x {tuple(x.shape)}, weight {tuple(w.shape)}, groups {groups}"
+    if x.shape[1] != w.shape[0]:
+        raise RuntimeError(f"{name}: given weight of size {tuple(w.shape)}, expected input to have {w.shape[0]} "
+                           f"channels, but got {x.shape[1]} channels instead; {shapes}")  # fmt: skip
+    if b is not None and tuple(b.shape) != (w.shape[1] * groups,):
+        raise RuntimeError(f"{name}: expected bias of shape ({w.shape[1] * groups},), received {tuple(b.shape)}; "
+                           f"{shapes}")  # fmt: skip
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

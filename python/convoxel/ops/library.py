@@ -37,7 +37,7 @@ def register(
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"convoxel::{name}", fake, lib=_library)
+    torch.library.register_fake(f"convoxel::{name}", _on_one_device(name, fake), lib=_library)
     if backward:
         torch.library.register_autograd(
             f"convoxel::{name}", backward, setup_context=setup_context, lib=_library
@@ -49,6 +49,21 @@ def register(
     if backward is None or setup_context is None:
         return overload
     return _differentiable_under_functorch(overload, backward, setup_context)
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """One tensor on the meta device brings a call here whatever the others are on; its result is never written."""
+
+    def checked(*args: Any) -> Any:
+        devices = sorted({str(a.device) for a in args if isinstance(a, torch.Tensor)})
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{name}: expected all tensors on the same device, received some on "
+                f"{' and some on '.join(devices)}; move them with .to(device)"
+            )
+        return fake(*args)
+
+    return checked
 
 
 def _differentiable_under_functorch(
@@ -94,10 +109,15 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there; torch's own question raises on devices that have none, such as meta."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype where it is on (torch's lower-precision list), else as they are."""
     first = next(t for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(first.device.type):
+    if not autocasts(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
@@ -109,7 +129,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 def full_precision(t: torch.Tensor) -> torch.Tensor:
     """t in float32 where autocast is on (torch's float32 list), else as it is."""
     low = isinstance(t, torch.Tensor) and t.dtype in (torch.bfloat16, torch.float16)
-    return t.float() if low and torch.is_autocast_enabled(t.device.type) else t
+    return t.float() if low and autocasts(t.device) else t
 
 
 def pointer(t: torch.Tensor | None) -> int:
