@@ -20,7 +20,7 @@
 namespace convoxel {
 namespace {
 
-constexpr int64_t kSmallSums = 4 * 1024 * 1024;    // bytes of dU for pieces
+constexpr int64_t kSmallSums = 2 * 1024 * 1024;    // bytes of dU for pieces
 constexpr int64_t kPieces = 32;                    // for machines of as many threads
 constexpr int64_t kPanelBytes = 64 * 1024 * 1024;  // of dU of all pieces
 constexpr int64_t kPieceBytes = 1024 * 1024;       // of V and W of a region of a piece
