@@ -64,7 +64,13 @@ def test_a_wrong_result_shows_as_error(direction: str, text: str) -> None:
     [
         (["--passes", "sideways"], "sideways"),
         (["--repeats", "0"], "at least 1"),
+        (["--threads", "0"], "--threads: expected at least 1, received 0"),
+        (["--json", "/nowhere/r.json"], "--json: the folder /nowhere does not exist"),
         (["--problem", "conv x"], "'x'"),
+        (["--problem", "conv i8x8 f9x9"], r"an output of \(1, 1, 0, 0\); the kernel must fit"),
+        (["--problem", "conv_transpose i1 f1 p1"], r"an output of \(1, 1, -1\)"),
+        (["--problem", "conv c7 k8 i8 f3 g2"], "c7 and k8 must be multiples of g2"),
+        (["--problem", "conv c0 i8 f3"], "must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(words: list[str], message: str) -> None:

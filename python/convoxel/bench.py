@@ -203,6 +203,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--passes: {', '.join(sorted(unknown))} unknown, expected {', '.join(PASSES)}")
     if args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, received {args.repeats}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads: expected at least 1, received {args.threads}")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json: the folder {args.json.parent} does not exist; create it first")
     problems = [Problem.parse(text) for text in args.problem or LISTS[args.what]]
     if args.dtype:
         problems = [replace(p, dtype=args.dtype) for p in problems]

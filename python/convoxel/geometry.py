@@ -220,7 +220,18 @@ class Problem:
             raise ValueError(
                 f"problem '{text}': i has {rank} axes, but {', '.join(wrong)} has another number"
             )
-        return replace(problem, **axes)
+        return replace(problem, **axes)._checked(text)
+
+    def _checked(self, text: str) -> Problem:
+        if min(self.n, self.c, self.k, self.g, *self.i, *self.f, *self.s, *self.d) < 1:
+            raise ValueError(f"problem '{text}': everything but padding must be at least 1")
+        if self.c % self.g or self.k % self.g:
+            raise ValueError(f"problem '{text}': c{self.c} and k{self.k} must be multiples of g{self.g}")
+        if min(self.y_shape) < 1:
+            raise ValueError(
+                f"problem '{text}': gives an output of {self.y_shape}; the kernel must fit in the padded input"
+            )
+        return self
 
     def __str__(self) -> str:
         words = [self.op, f"n{self.n}", f"c{self.c}", f"k{self.k}"]

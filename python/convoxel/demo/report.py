@@ -69,7 +69,7 @@ def speed_table(speeds: dict[str, float]) -> str:
     lines = [f"{title:<28}{'convoxel':>14}{'torch ' + torch.__version__.split('+')[0]:>14}{'ratio':>14}"]
     for work in ("training", "inference"):
         ours, theirs = speeds[f"{work}, convoxel"], speeds[f"{work}, torch"]
-        lines.append(f"{work:<28}{ours / 1e6:>14.2f}{theirs / 1e6:>14.2f}{ours / theirs:>13.2f}x")
+        lines.append(f"{work:<28}{ours / 1e6:>14.3g}{theirs / 1e6:>14.3g}{ours / theirs:>13.2f}x")
     return "\n".join(lines)
 
 
