@@ -4,8 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
+#include <vector>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -186,6 +190,32 @@ void bind_pool(py::module_& m) {
   bind("avg_pool_input_grad", [](const Kernels& k, int t) { return k.avg_pool[t].input_grad; });
 }
 
+// A tensor as a DLPack capsule; one that nobody consumed gives its block back itself.
+py::capsule new_capsule(int code, int bits, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  DLManagedTensor* tensor;
+  {
+    py::gil_scoped_release release;
+    tensor = new_tensor({uint8_t(code), uint8_t(bits), 1}, shape, strides);
+  }
+  return py::capsule(tensor, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* t = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    t->deleter(t);
+  });
+}
+
+void bind_memory(py::module_& m) {
+  m.def("new_tensor", &new_capsule, py::arg("code"), py::arg("bits"), py::arg("shape"), py::arg("strides"));
+  m.def("release_memory", &release_memory, py::call_guard<py::gil_scoped_release>());
+  m.def("set_memory_limit", &set_memory_limit, py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
+  m.def("memory_statistics", [] {
+    MemoryStatistics s = memory_statistics();
+    return std::map<std::string, int64_t>{
+        {"in_use", s.in_use},           {"held", s.held},    {"peak", s.peak}, {"limit", s.limit},
+        {"allocations", s.allocations}, {"reused", s.reused}};
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -217,6 +247,7 @@ PYBIND11_MODULE(_C, m) {
   bind_activation(m);
   bind_resample(m);
   bind_pool(m);
+  bind_memory(m);
 }
 
 }  // namespace convoxel

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
-from .library import Operator, register
-
-SMALL = 32 * 1024  # elements: below, a second thread costs more than it does
+from .library import SMALL, Operator, empty_like, register
 
 
 def _check(op: str, x: Tensor, dy: Tensor | None = None) -> None:
@@ -31,7 +29,7 @@ def _check(op: str, x: Tensor, dy: Tensor | None = None) -> None:
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
     """x, its elements in y's order; y is empty_like of something, so it has no gaps."""
-    return x if x.stride() == y.stride() else torch.empty_like(y).copy_(x)
+    return x if x.stride() == y.stride() else empty_like(y).copy_(x)
 
 
 def _run(op: str, relu: bool, slope: float, x: Tensor, y: Tensor) -> None:
@@ -42,7 +40,7 @@ def _run(op: str, relu: bool, slope: float, x: Tensor, y: Tensor) -> None:
 
 def _run_backward(op: str, relu: bool, slope: float, dy: Tensor, x: Tensor) -> Tensor:
     _check(op, x, dy)
-    dx = torch.empty_like(x)
+    dx = empty_like(x)
     dy, x = _like(dy, dx), _like(x, dx)
     threads = runtime.threads() if x.numel() > SMALL else 1
     with runtime.serve(op, "direct", lambda: f"{tuple(x.shape)} {x.dtype}"):
@@ -56,7 +54,7 @@ def _run_backward(op: str, relu: bool, slope: float, dy: Tensor, x: Tensor) -> T
 
 def _relu_fake(x: Tensor) -> Tensor:
     _check("relu", x)
-    return torch.empty_like(x)
+    return empty_like(x)
 
 
 def _relu_cpu(x: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ def _relu_backward(ctx: Any, dy: Tensor) -> Tensor:
 
 def _relu_backward_fake(dy: Tensor, y: Tensor) -> Tensor:
     _check("relu_backward", y, dy)
-    return torch.empty_like(y)
+    return empty_like(y)
 
 
 def _relu_backward_cpu(dy: Tensor, y: Tensor) -> Tensor:
@@ -95,7 +93,7 @@ def _relu_backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:
 
 def _leaky_fake(x: Tensor, slope: float) -> Tensor:
     _check("leaky_relu", x)
-    return torch.empty_like(x)
+    return empty_like(x)
 
 
 def _leaky_cpu(x: Tensor, slope: float) -> Tensor:
@@ -115,7 +113,7 @@ def _leaky_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
 
 def _leaky_backward_fake(dy: Tensor, x: Tensor, slope: float) -> Tensor:
     _check("leaky_relu_backward", x, dy)
-    return torch.empty_like(x)
+    return empty_like(x)
 
 
 def _leaky_backward_cpu(dy: Tensor, x: Tensor, slope: float) -> Tensor:
@@ -177,7 +175,7 @@ def _inplace_cpu(x: Tensor, relu: bool, slope: float) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("activation_ has no gradient of its own: call convoxel.functional.relu or leaky_relu with "
                            "inplace=True")  # fmt: skip
-    y = torch.empty_like(x)
+    y = empty_like(x)
     if x.stride() == y.stride():
         _run("relu" if relu else "leaky_relu", relu, slope, x, x)
     else:

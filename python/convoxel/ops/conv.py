@@ -225,7 +225,7 @@ def _weight_grad_fake(x: Tensor, dy: Tensor, stride: Ints, padding: Ints, dilati
                            f"received x {tuple(x.shape)}, dy {tuple(dy.shape)}")  # fmt: skip
     shape = (dy.shape[1], x.shape[1] // groups, *kernel)
     check("conv_weight_grad", x.shape, shape, dy.shape, None, 0, stride, padding, dilation, groups)
-    return torch.empty(shape, dtype=x.dtype, device=x.device)
+    return new(x, shape, False)
 
 
 def _weight_grad_cpu(x: Tensor, dy: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int,

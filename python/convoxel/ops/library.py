@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from .. import runtime
+from .. import memory, runtime
 from ..geometry import Ints, is_channels_last, memory_format
 
 _library = torch.library.Library("convoxel", "FRAGMENT")
@@ -17,6 +17,7 @@ _names: list[str] = []
 
 Operator = Callable[..., Any]
 NONE = 0  # the pointer of a tensor that is not there
+SMALL = 32 * 1024  # elements: below, a second thread costs more than it does
 
 
 def registered() -> list[str]:
@@ -138,19 +139,39 @@ def pointer(t: torch.Tensor | None) -> int:
 
 def scratch(size: int) -> torch.Tensor:
     """`size` bytes that a kernel may write to; never read before written."""
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
+    return memory.empty((size,), torch.uint8)
+
+
+def _real(t: torch.Tensor) -> bool:
+    """Whether t has memory on the CPU: fake tensors, which claim to, dispatch in Python."""
+    return t.is_cpu and type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def new(like: torch.Tensor, shape: Ints, last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    dtype, layout = dtype or like.dtype, memory_format(last)
+    if _real(like):
+        return memory.empty(shape, dtype, layout)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+def empty_like(t: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format) -> torch.Tensor:
+    """torch.empty_like, from the pool where t is real and large."""
+    if not _real(t) or t.nbytes < memory.LEAST:  # in this order: a fake may have symbolic sizes
+        return torch.empty_like(t, memory_format=memory_format)
+    return memory.like(torch.empty_like(t, memory_format=memory_format, device="meta"))
+
+
+def contiguous(t: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """t.contiguous(memory_format=memory_format), its copy from the pool."""
+    if t.is_contiguous(memory_format=memory_format):
+        return t
+    return empty_like(t, memory_format).copy_(t)
 
 
 def dense(t: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """t (N, C, D, H, W) without gaps, and whether it is channels-last (else contiguous)."""
     last = is_channels_last(t)
-    return t.contiguous(memory_format=memory_format(last)), last
-
-
-def new(like: torch.Tensor, shape: Ints, last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.empty(
-        shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(last)
-    )
+    return contiguous(t, memory_format(last)), last
 
 
 def to_3d(t: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,9 @@ from torch import Tensor
 
 from .. import _C, runtime
 from ..geometry import check_bool, check_float, is_channels_last, memory_format
-from .library import Operator, pointer, register, scratch
+from .library import SMALL, Operator, contiguous, empty_like, pointer, register, scratch
 
 Ints = Sequence[int]
-SMALL = 32 * 1024  # elements: below, a second thread costs more than it does
 
 # Checks and the call ------------------------------------------------------------------------------
 
@@ -103,7 +102,7 @@ def _norm_fake(
     check("norm", x, w, b, groups)
     shape = (groups,) if over_batch else (x.shape[0], groups)
     mean, var = (x.new_empty(shape, dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(x, memory_format=_layout(x)), mean, var
+    return empty_like(x, memory_format=_layout(x)), mean, var
 
 
 def _norm_cpu(
@@ -112,7 +111,7 @@ def _norm_cpu(
     y, mean, var = _norm_fake(x, w, b, groups, over_batch, eps)
     if x.numel() == 0:
         return y, mean.zero_(), var.zero_()
-    x = x.contiguous(memory_format=_layout(x))
+    x = contiguous(x, _layout(x))
     _run("norm", x, groups, over_batch, False, eps, x, _constant(x, w), _constant(x, b), y, mean, var)
     return y, mean, var
 
@@ -147,7 +146,7 @@ def _fixed_fake(
 ) -> Tensor:
     check("norm_fixed", x, w, b, max(x.shape[1], 1) if x.dim() > 1 else 1)
     _check_moments("norm_fixed", (x.shape[1],), mean, var)
-    return torch.empty_like(x, memory_format=_layout(x))
+    return empty_like(x, memory_format=_layout(x))
 
 
 def _check_moments(op: str, shape: Ints, mean: Tensor, var: Tensor) -> None:
@@ -163,7 +162,7 @@ def _fixed_cpu(
     y = _fixed_fake(x, w, b, mean, var, eps)
     if x.numel() == 0:
         return y
-    x, mean, var = x.contiguous(memory_format=_layout(x)), mean.contiguous(), var.contiguous()
+    x, mean, var = contiguous(x, _layout(x)), mean.contiguous(), var.contiguous()
     _run("norm", x, x.shape[1], True, True, eps, x, _constant(x, w), _constant(x, b), y, mean, var)
     return y
 
@@ -195,7 +194,7 @@ def _backward_fake(
         raise RuntimeError(f"norm_backward: expected dy like x, {tuple(x.shape)} and {x.dtype}, received "
                            f"{tuple(dy.shape)} and {dy.dtype}")  # fmt: skip
     dw, db = (x.new_empty(x.shape[1] if need_dw else 0, dtype=compute_dtype(x)) for _ in range(2))
-    dx = torch.empty_like(x, memory_format=_layout(x)) if need_dx else x.new_empty(0)
+    dx = empty_like(x, memory_format=_layout(x)) if need_dx else x.new_empty(0)
     return dx, dw, db
 
 
@@ -207,7 +206,7 @@ def _backward_cpu(
     if x.numel() == 0:
         return dx, dw.zero_(), db.zero_()
     layout = _layout(x)
-    x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
+    x, dy = contiguous(x, layout), contiguous(dy, layout)
     wanted = (dx if need_dx else None, *((dw, db) if need_dw else (None, None)))
     moments = (mean.contiguous(), var.contiguous())
     _run("norm_backward", x, groups, over_batch, fixed, eps, dy, x, _constant(x, w), *moments, *wanted)

@@ -22,10 +22,8 @@ from torch import Tensor
 
 from .. import _C, runtime
 from ..geometry import Ints, check_bool, is_channels_last, memory_format
-from .library import Operator, dense, from_3d, new, pointer, register, scratch
+from .library import SMALL, Operator, contiguous, dense, from_3d, new, pointer, register, scratch
 from .pool_windows import How, adaptive, check, code_dtype, extents, lifted, windows
-
-SMALL = 32 * 1024  # elements that one thread does sooner than two
 
 # Checks and the call ------------------------------------------------------------------------------
 
@@ -125,7 +123,7 @@ def _max_input_grad_cpu(dy: Tensor, codes: Tensor, size: Ints, *how: Any) -> Ten
         # Adaptive windows that overlap are added up in the storage type, so in float32.
         return _max_input_grad_cpu(dy.float(), codes, size, *how).bfloat16()
     codes, last = dense(codes)
-    run("max_pool_input_grad", size, how, last, dx, dy.contiguous(memory_format=memory_format(last)), codes)
+    run("max_pool_input_grad", size, how, last, dx, contiguous(dy, memory_format(last)), codes)
     return dx
 
 
@@ -153,9 +151,7 @@ def _pick_cpu(x: Tensor, codes: Tensor, *how: Any) -> Tensor:
     y = _pick_fake(x, codes, *how)
     if y.numel():
         codes, last = dense(codes)
-        run(
-            "max_pool_pick", x.shape[2:], how, last, x.contiguous(memory_format=memory_format(last)), y, codes
-        )
+        run("max_pool_pick", x.shape[2:], how, last, contiguous(x, memory_format(last)), y, codes)
     return y
 
 

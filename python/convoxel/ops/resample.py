@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
-from ..geometry import check_bool, is_channels_last, is_integer, lift, memory_format
-from .library import dense, from_3d, register, scratch, to_3d
+from ..geometry import check_bool, is_channels_last, is_integer, lift
+from .library import SMALL, dense, from_3d, new, register, scratch, to_3d
 
 Ints = Sequence[int]
 Floats = Sequence[float]
@@ -35,7 +35,6 @@ NEAREST, NEAREST_EXACT, LINEAR, NEAREST_VECTORIZED, NEAREST_EXACT_VECTORIZED = r
 NAMES = ("nearest", "nearest-exact", "linear", "nearest", "nearest-exact")
 RANKS = {"linear": 1, "bilinear": 2, "trilinear": 3}
 LARGEST = 2.0**40  # factor: an extent that is too large then still fits an int64, and is refused as one
-SMALL = 32 * 1024  # elements that one thread does sooner than two
 
 # The operators -----------------------------------------------------------------------------------
 
@@ -63,8 +62,7 @@ def check(op: str, x: Tensor, size: Ints, mode: int, scales: Floats) -> None:
 
 def _fake(op: str, x: Tensor, size: Ints, mode: int, scales: Floats) -> Tensor:
     check(op, x, size, mode, scales)
-    layout = memory_format(is_channels_last(x))
-    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
+    return new(x, (*x.shape[:2], *size), is_channels_last(x))
 
 
 def _run(
