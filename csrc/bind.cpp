@@ -18,12 +18,13 @@ namespace {
 
 typedef uintptr_t Pointer;
 
-// (N, C, K, groups, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then x_last, y_last, and a
-// tile's extents)
-typedef std::array<int64_t, 27> ConvNumbers;
+// (N, C, K, groups, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then x_last, y_last, the
+// algorithm, a tile's extents)
+typedef std::array<int64_t, 28> ConvNumbers;
 
 ConvGeometry geometry(const ConvNumbers& n) {
-  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, {int(n[24]), int(n[25]), int(n[26])}};
+  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, ConvAlgorithm(n[24]), {}};
+  for (int a = 0; a < kAxes; ++a) g.tile[a] = int(n[25 + a]);
   for (int a = 0; a < kAxes; ++a) {
     const int64_t* p = &n[4 + 6 * a];
     g.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]};
@@ -54,12 +55,14 @@ void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const 
 
 const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  return (g.tile[kW] ? k.conv_winograd : k.conv_direct)[dtype];
+  const ConvCorrelate* of[] = {k.conv_direct, k.conv_winograd, k.conv_depthwise};
+  return of[g.algorithm][dtype];
 }
 
 const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  return (g.tile[kW] ? k.conv_winograd_weight : k.conv_weight_grad)[dtype];
+  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight};
+  return of[g.algorithm][dtype];
 }
 
 void bind_resample(py::module_& m) {

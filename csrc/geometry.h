@@ -12,12 +12,15 @@ struct ConvAxis {
   int64_t in, out, kernel, stride, padding, dilation;
 };
 
+enum ConvAlgorithm : int { kDirect = 0, kWinograd = 1, kDepthwise = 2 };  // ops/route.py numbers them too
+
 // x [N, C, D, H, W], w [K, C / groups, KD, KH, KW], y [N, K, OD, OH, OW].
 struct ConvGeometry {
   int64_t N, C, K, groups;
   ConvAxis axis[kAxes];
   bool x_last, y_last;  // channels-last storage of x (and dx), of y (and dy)
-  int tile[kAxes];      // Winograd: outputs of a tile along each axis, 4 or 2, 1 where the kernel has one tap
+  ConvAlgorithm algorithm;
+  int tile[kAxes];  // Winograd: outputs of a tile along each axis, 4 or 2, 1 where the kernel has one tap
 };
 
 }  // namespace convoxel

@@ -30,9 +30,20 @@ constexpr char isa[] = CONVOXEL_STRING(CONVOXEL_ISA);
 }  // namespace
 
 namespace CONVOXEL_ISA {
-extern const Kernels kernels = {
-    isa,      conv_direct, conv_winograd, conv_weight_grad, conv_winograd_weight, conv_bias_grad, norm, activation,
-    resample, max_pool,    avg_pool,      fma_peak};
+extern const Kernels kernels = {isa,
+                                conv_direct,
+                                conv_winograd,
+                                conv_depthwise,
+                                conv_weight_grad,
+                                conv_winograd_weight,
+                                conv_depthwise_weight,
+                                conv_bias_grad,
+                                norm,
+                                activation,
+                                resample,
+                                max_pool,
+                                avg_pool,
+                                fma_peak};
 }
 
 }  // namespace convoxel

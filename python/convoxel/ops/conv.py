@@ -99,13 +99,13 @@ def check_dtypes(op: str, *tensors: Tensor | None) -> None:
 
 def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
             groups: int, x_last: bool, y_last: bool) -> list[int]:  # fmt: skip
-    """The geometry as csrc/bind.cpp reads it, without tiles. A stride beyond the padded extent makes one output like
+    """The geometry as csrc/bind.cpp reads it, by the direct engine. A stride beyond the padded extent makes one output like
     any other such stride, a dilation of one tap does nothing: without them no sum in csrc exceeds 64 bits."""
     flat = [x_shape[0], x_shape[1], w_shape[0], groups]
     for axes in zip(x_shape[2:], y_shape[2:], w_shape[2:], stride, padding, dilation, strict=True):
         n, out, k, s, p, d = axes
         flat += [n, out, k, min(s, n + 2 * p), p, d if k > 1 else 1]
-    return [*flat, int(x_last), int(y_last), *route.DIRECT.tile]
+    return [*flat, int(x_last), int(y_last), *route.DIRECT.numbers]
 
 
 def problem(geometry: list[int], dtype: torch.dtype, bias: bool) -> str:
@@ -123,7 +123,7 @@ def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | N
     chosen = route.choose(
         op, tuple(geometry), x.dtype, runtime.get_float32_conv_precision(), runtime.get_conv_algorithm()
     )
-    geometry = [*geometry[:-3], *chosen.tile]
+    geometry = [*geometry[:-4], *chosen.numbers]
     memory = scratch(getattr(_C, op + "_scratch")(dtype, geometry, threads))
     with runtime.serve(
         op.removesuffix("_forward"),

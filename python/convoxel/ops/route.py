@@ -3,8 +3,9 @@
     direct    the definition: every kernel, stride and dilation; keeps precision `highest`
     winograd  three taps along H and W, three or one along D, stride and dilation 1: tiles of 4 or 2 outputs an axis
               need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6; forward and both gradients
+    depthwise one input channel a group: the definition, with vectors of channels or of voxels; keeps `highest`
 
-Where both are possible, the lower estimate of cycles decides. Its constants were measured on one core of an Intel
+Where both of the first are possible, the lower estimate of cycles decides. Its constants were measured on one core of an Intel
 Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
 """
 
@@ -19,6 +20,7 @@ import torch
 
 Tile = tuple[int, int, int]
 LANES = 16
+ALGORITHMS = ("direct", "winograd", "depthwise")  # as csrc/geometry.h numbers them
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Route:
     algorithm: str
     tile: Tile  # outputs of a tile along D, H, W; zeros: direct
     why: str  # this one: for CONVOXEL_VERBOSE
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What csrc reads."""
+        return ALGORITHMS.index(self.algorithm), *self.tile
 
 
 DIRECT = Route("direct", (0, 0, 0), "")
@@ -103,11 +110,19 @@ def declined(op: str, axes: list[tuple[int, ...]], dtype: torch.dtype, precision
     return ""
 
 
+def depthwise(op: str, geometry: tuple[int, ...]) -> bool:
+    """One channel in and one out of each group, channels-last."""
+    _, c, k, groups = geometry[:4]
+    return op != "conv_bias_grad" and c == k == groups and geometry[22:24] == (1, 1)
+
+
 @lru_cache(maxsize=4096)
 def choose(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str) -> Route:
     """geometry: as `ops.conv.numbers` gives it; precision, algorithm: in the words of `runtime`."""
     images, c, k, groups = geometry[:4]
     axes = [geometry[4 + 6 * a : 10 + 6 * a] for a in range(3)]
+    if depthwise(op, geometry) and algorithm == "auto":
+        return Route("depthwise", DIRECT.tile, "one input channel a group")
     if why := declined(op, axes, dtype, precision, algorithm):
         return Route("direct", DIRECT.tile, why)
     sizes, outs, taps, *_ = zip(*axes, strict=True)
