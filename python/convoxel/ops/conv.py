@@ -99,7 +99,7 @@ def check_dtypes(op: str, *tensors: Tensor | None) -> None:
 
 def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
             groups: int, x_last: bool, y_last: bool) -> list[int]:  # fmt: skip
-    """The geometry as csrc/bind.cpp reads it, by the direct engine. A stride beyond the padded extent makes one output like
+    """The geometry as csrc/bind.cpp reads it, direct. A stride beyond the padded extent makes one output like
     any other such stride, a dilation of one tap does nothing: without them no sum in csrc exceeds 64 bits."""
     flat = [x_shape[0], x_shape[1], w_shape[0], groups]
     for axes in zip(x_shape[2:], y_shape[2:], w_shape[2:], stride, padding, dilation, strict=True):

@@ -5,8 +5,8 @@
               need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6; forward and both gradients
     depthwise one input channel a group: the definition, with vectors of channels or of voxels; keeps `highest`
 
-Where both of the first are possible, the lower estimate of cycles decides. Its constants were measured on one core of an Intel
-Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
+Where both of the first are possible, the lower estimate of cycles decides. Its constants were measured on one core of
+an Intel Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
 """
 
 from __future__ import annotations
