@@ -22,7 +22,7 @@ struct CorrelateTile {
 };
 
 template <class A, int V>
-inline void add_row(const A* base, bool whole, A* y, int tail, const Vec<A>* acc) {
+__attribute__((always_inline)) inline void add_row(const A* base, bool whole, A* y, int tail, const Vec<A>* acc) {
   constexpr int L = kLanes<A>;
   for (int v = 0; v < V - 1; ++v) store(y + v * L, load(base + v * L) + acc[v]);
   A* last = y + (V - 1) * L;
