@@ -143,7 +143,8 @@ def layouts(p: Problem, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield tensors
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     if p.rank in formats:
-        yield tuple(t.contiguous(memory_format=formats[p.rank]) for t in tensors)
+        # copied, since torch takes one channel for channels-last by its strides alone
+        yield tuple(torch.empty_like(t, memory_format=formats[p.rank]).copy_(t) for t in tensors)
 
 
 def measure(p: Problem, directions: tuple[str, ...], repeats: int) -> Iterator[Row]:
