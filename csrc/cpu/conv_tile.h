@@ -4,6 +4,9 @@
 #pragma once
 #include "conv_axis.h"
 #include "transpose.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace convoxel {
 namespace {
@@ -93,13 +96,23 @@ inline int64_t channel_block(int64_t channels, int64_t plane_taps) {
   return ceil_div(channels, ceil_div(channels, most));
 }
 
-// Scratch is handed out in cache lines.
-inline int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
+// Scratch is handed out in cache lines; a sanitized build leaves one behind each piece that nothing may touch.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kRedZone = 64;
+#else
+constexpr int64_t kRedZone = 0;
+#endif
+
+inline int64_t aligned(int64_t bytes) { return round_up(bytes, 64) + kRedZone; }
 
 template <class T>
 inline T* take(char*& scratch, int64_t count) {
   T* p = reinterpret_cast<T*>(scratch);
   scratch += aligned(count * int64_t(sizeof(T)));
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(p, scratch - kRedZone - reinterpret_cast<char*>(p));
+  __asan_poison_memory_region(scratch - kRedZone, kRedZone);
+#endif
   return p;
 }
 

@@ -346,8 +346,8 @@ int64_t thread_bytes(const Plan& p) {
 
 template <class A>
 int64_t shared_bytes(const Plan& p) {
-  int64_t bytes = aligned((p.weights_first ? p.batch * p.V : p.transformed) * sizeof(A));
-  if (p.weights_first) bytes += p.batch * aligned(p.X * sizeof(A));
+  int64_t bytes = p.weights_first ? p.batch * (aligned(p.V * sizeof(A)) + aligned(p.X * sizeof(A)))
+                                  : aligned(p.transformed * sizeof(A));
   for (int a = 0; a < kAxes; ++a) bytes += p.batch * aligned(p.index[a] * 8);
   return bytes + aligned(p.panel * sizeof(A));
 }

@@ -127,7 +127,7 @@ inline void store_codes(uint8_t* p, Mask<A> codes) {
 }
 
 // The first n < lanes, without the detour through memory that would wait for byte stores to land.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
 template <class A>
 inline Mask<A> load_codes(const uint8_t* p, int n) {
   __m128i codes = _mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), p);
