@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convoxel import bench
+from convoxel import bench, bench_network
 from convoxel.geometry import Problem
 
 
@@ -76,3 +76,25 @@ def test_a_wrong_result_shows_as_error(direction: str, text: str) -> None:
 def test_wrong_arguments_are_named(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(*words)
+
+
+def test_a_network_in_processes_that_take_turns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["network", "--model", "nnunet2d", "--size", "128,128", "--batch", "1", "--rounds", "1"]
+    assert run(*words, "--repeats", "1", "--json", str(tmp_path / "r.json")) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [r["variant"] for r in rows] == list(bench_network.VARIANTS)
+    for row in rows:
+        assert min(row["forward_ms"], row["step_ms"]) > 0 and row["peak_mb"] > 50
+        assert row["difference"] < 1e-4
+    assert 0 < rows[0]["difference"] and rows[1]["difference"] == 0
+    assert capsys.readouterr().out.count("convoxel over torch") == 2
+
+
+def test_an_error_of_a_process_is_the_parents() -> None:
+    with pytest.raises(ValueError, match="divisible"):
+        bench_network.in_process("convoxel", True, 1, ("nnunet2d", (100, 100), 1, 1))
+
+
+def test_network_refuses_sizes_of_another_rank() -> None:
+    with pytest.raises(ValueError, match="--size: nnunet3d takes 3 numbers, received 64,64"):
+        run("network", "--size", "64,64")

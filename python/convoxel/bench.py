@@ -1,4 +1,5 @@
-"""`convoxel bench`: our layers against torch's on this machine, with the error against float64 beside the time.
+"""`convoxel bench`: our layers against torch's on this machine, with the error against float64 beside the time;
+whole networks are in `bench_network`.
 
 Ours and torch's are timed in turn, one call each, and the median is printed; torch runs in both memory formats
 and its better one counts. Both get freed memory kept (`memory.keep_freed`), so that neither pays page faults.
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as T
 from torch import Tensor
 
-from . import _C, memory, runtime
+from . import _C, bench_network, memory, runtime
 from . import functional as F
 from .geometry import Problem
 
@@ -187,7 +188,11 @@ def geometric_mean(values: list[float]) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", nargs="?", choices=list(LISTS), default="hot", help="list of layers (default: hot)"
+        "what",
+        nargs="?",
+        choices=[*LISTS, "network"],
+        default="hot",
+        help="list of layers (default: hot), or a whole network",
     )
     parser.add_argument("--problem", action="append", metavar="STRING",
                         help="time this problem instead, e.g. 'conv n1 c32 k32 i64x64 f3x3'; repeatable")  # fmt: skip
@@ -195,7 +200,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(Problem.DTYPES), help="override the problems' dtype")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--threads", type=int, help="threads of both (default: torch's)")
+    parser.add_argument("--model", choices=list(bench_network.NETWORKS), default="nnunet3d",
+                        help="of bench network (default: nnunet3d)")  # fmt: skip
+    parser.add_argument("--size", type=sizes, metavar="D,H,W", help="of bench network: voxels of a patch")
+    parser.add_argument("--batch", type=int, help="of bench network: images of a batch")
+    parser.add_argument("--rounds", type=int, default=2, help="of bench network: processes each (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """ "96,96,96" as numbers; ValueError (argparse says so) for anything else."""
+    found = tuple(int(n) for n in text.split(","))
+    if min(found) < 1:
+        raise ValueError(f"expected sizes of at least 1, received {text}")
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -208,15 +226,22 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threads: expected at least 1, received {args.threads}")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json: the folder {args.json.parent} does not exist; create it first")
-    problems = [Problem.parse(text) for text in args.problem or LISTS[args.what]]
+    if min(args.rounds, args.batch or 1) < 1:
+        raise ValueError(f"--rounds, --batch: expected at least 1, received {args.rounds}, {args.batch}")
+    problems = [Problem.parse(text) for text in args.problem or LISTS.get(args.what, ())]
     if args.dtype:
         problems = [replace(p, dtype=args.dtype) for p in problems]
     if args.threads:
         torch.set_num_threads(args.threads)
     kept = memory.keep_freed(True)
     machine = {**runtime.info(), "FMA peak, GFLOP/s": round(fma_peak()), "freed memory kept": kept}
-    print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", HEADER, sep="\n", flush=True)
+    print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", sep="\n", flush=True)
     rows = []
+    if args.what == "network" and not args.problem:
+        how = args.size, args.batch, args.rounds, args.repeats, torch.get_num_threads()
+        write(args.json, machine, bench_network.run(args.model, *how))
+        return 0
+    print(HEADER)
     for p in problems:
         for row in measure(p, directions, args.repeats):
             rows.append(row)
@@ -225,7 +250,10 @@ def run(args: argparse.Namespace) -> int:
         mean = geometric_mean([r.ratio for r in rows if r.direction == direction])
         print(f"geometric mean of the gain over torch, {direction}: {mean:.2f}x")
     print(f"FMA peak after the run: {fma_peak():.0f} GFLOP/s")
-    if args.json:
-        results = {"machine": machine, "rows": [{**asdict(r), "gain": r.ratio} for r in rows]}
-        args.json.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    write(args.json, machine, [{**asdict(r), "gain": r.ratio} for r in rows])
     return 0
+
+
+def write(path: Path | None, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    if path:
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, default=str) + "\n")

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..bench_network import torch_twin
 from ..model import Model
 from .data import CLASSES
 
@@ -58,20 +59,6 @@ def by_threshold(image: NDArray, brain: NDArray, cuts: tuple[float, float]) -> N
     array([1, 2, 3, 0], dtype=uint8)
     """
     return (np.digitize(image, cuts) + 1).astype(np.uint8) * brain
-
-
-def torch_twin(network: nn.Module) -> nn.Module:
-    """A copy of the network, weights included, in which torch's own kernels do the work.
-
-    Every layer of `convoxel.nn` is a subclass of the torch layer of the same name, so the copy's layers only
-    change their class.
-    """
-    twin = copy.deepcopy(network)
-    for layer in twin.modules():
-        own = type(layer)
-        if own.__module__.startswith("convoxel.nn"):
-            layer.__class__ = next(base for base in own.__mro__ if base.__module__.startswith("torch.nn"))
-    return twin
 
 
 def speeds(network: nn.Module, batch: tuple[Tensor, Tensor], scan: Tensor, repeats: int) -> dict[str, float]:
