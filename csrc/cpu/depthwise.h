@@ -11,6 +11,12 @@ constexpr int64_t kBlockBytes = 512 * 1024;  // of source that the rows of a blo
 constexpr int64_t kBlockVectors = 4;         // of channels
 constexpr int64_t kRowPositions = 512;       // of a block, along W
 
+// Vectors of channels where they fill at least half of one; else of voxels.
+template <class S>
+inline bool by_channels(const ConvGeometry& g) {
+  return g.x_last && g.y_last && g.C == g.K && 2 * g.C >= kLanes<Compute<S>>;
+}
+
 // Along one axis, the taps of position j of a phase that lie inside the source; they step by in_tap and w_tap.
 struct Reach {
   int64_t source, weight, count;

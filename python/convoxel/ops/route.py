@@ -20,6 +20,7 @@ import torch
 
 Tile = tuple[int, int, int]
 LANES = 16
+MULTIPLIER = 4  # outputs of a channel that depthwise kernels take
 ALGORITHMS = ("direct", "winograd", "depthwise")  # as csrc/geometry.h numbers them
 
 
@@ -111,9 +112,9 @@ def declined(op: str, axes: list[tuple[int, ...]], dtype: torch.dtype, precision
 
 
 def depthwise(op: str, geometry: tuple[int, ...]) -> bool:
-    """One channel in and one out of each group, channels-last."""
+    """One channel in and few out of each group."""
     _, c, k, groups = geometry[:4]
-    return op != "conv_bias_grad" and c == k == groups and geometry[22:24] == (1, 1)
+    return op != "conv_bias_grad" and c == groups and k <= MULTIPLIER * c
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,341 @@
+// Depthwise correlation with vectors of voxels along W, for contiguous tensors, few channels, several outputs of a
+// channel, and memory formats that differ.
+//
+// A tile of the source is packed with its padding, channel by channel; positions that a stride keeps apart are
+// sorted by residue, so that neighbours in the output are neighbours in the tile along every axis. Rows of the tile
+// then follow each other in one long run, whose ends compute what nobody reads. Outputs that lie side by side along
+// D (or H) share what they read.
+#pragma once
+#include "depthwise.h"
+
+namespace convoxel {
+namespace {
+
+constexpr int kShared = kVectorBytes == 64 ? 12 : 8;  // outputs along D or H that are computed together
+constexpr int64_t kVoxelRow = 1024;                   // positions of a tile along W, at most
+
+struct VoxelPlan {
+  bool transposed;
+  int64_t N, outputs, sources, of_each;  // channels; of_each: sources of an output (G)
+  int64_t taps, channels, blocks, items;
+  int shared_axis;
+  int64_t tile, source_channels, out;  // elements of scratch: tile of one channel, ...
+  int64_t index[kAxes], tiles[kAxes];
+  Axis axis[kAxes];
+};
+
+// Positions of one axis of a packed tile, sorted by residue: place i lies at (i % step) * each + i / step.
+struct Slots {
+  int64_t step, each;
+  int64_t operator()(int64_t i) const { return i % step * each + i / step; }
+  int64_t count() const { return step * each; }
+};
+
+inline Slots slots(const TileAxis& t, const PackedAxis& p) {
+  int64_t step = t.dense ? t.out_step : 1;
+  return {step, ceil_div(p.extent, step)};
+}
+
+inline int64_t most_slots(const Axis& a, int64_t n) { return extent(a, n) + a.in_step; }
+
+template <class A>
+int64_t voxel_tile(const VoxelPlan& p) {
+  int64_t e = 1;
+  for (const Axis& a : p.axis) e *= most_slots(a, a.tile);
+  return round_up(e + kLanes<A>, kLanes<A>);
+}
+
+template <class A>
+VoxelPlan make_voxel_plan(const ConvGeometry& g, bool transposed) {
+  constexpr int64_t L = kLanes<A>;
+  VoxelPlan p{};
+  p.transposed = transposed, p.N = g.N;
+  p.outputs = transposed ? g.C : g.K, p.sources = transposed ? g.K : g.C;
+  p.of_each = transposed ? g.K / g.C : 1;
+  p.taps = 1;
+  for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
+  p.channels = g.x_last || g.y_last ? min(L, p.outputs) : 1;
+  p.blocks = ceil_div(p.outputs, p.channels);
+  p.source_channels = transposed ? p.channels * p.of_each : (p.channels - 1) / (g.K / g.C) + 2;
+  if (p.channels == 1 && !transposed) p.source_channels = 1;
+  Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
+  d->tile = h->tile = 1;
+  w->tile = ceil_div(w->count, ceil_div(w->count, kVoxelRow));
+  int64_t room = max<int64_t>(kTileBytes / int64_t(sizeof(A)) / p.source_channels, 2048);
+  for (bool grown = true; grown;) {
+    grown = false;
+    for (Axis* a : {h, d}) {
+      if (a->tile == a->count) continue;
+      ++a->tile;
+      if (voxel_tile<A>(p) <= room) grown = true;
+      else --a->tile;
+    }
+  }
+  for (;;) {
+    p.items = p.N * p.blocks;
+    for (int a = 0; a < kAxes; ++a) {
+      p.axis[a].tile = ceil_div(p.axis[a].count, ceil_div(p.axis[a].count, p.axis[a].tile));
+      p.items *= p.tiles[a] = ceil_div(p.axis[a].count, p.axis[a].tile);
+    }
+    Axis* a = h->tile > d->tile ? h : d;
+    if (p.items >= kMinItems || a->tile <= 8) break;
+    a->tile = ceil_div(a->tile, 2);
+  }
+  p.shared_axis = d->kernel > 1 && d->tile > 1 ? kD : kH;
+  p.tile = voxel_tile<A>(p);
+  int64_t run = p.shared_axis == kD ? h->tile * most_slots(*w, w->tile) : w->tile;
+  p.out = round_up(run, L) * kShared;
+  for (int a = 0; a < kAxes; ++a) p.index[a] = extent(p.axis[a], p.axis[a].tile);
+  return p;
+}
+
+// Packing ------------------------------------------------------------------------------------------
+
+// One row along W of `channels` channels, each to a tile of its own, `step` elements apart.
+template <class S, class A>
+void pack_voxel_row(const S* row, const View<S>& x, const PackedAxis& w, const Slots& s, int64_t channels, A* to,
+                    int64_t step) {
+  if (!w.dense || s.step > 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      zero(to + c * step, s.count());
+      for (int64_t i = 0; i < w.extent; ++i)
+        if (w.index[i] >= 0) to[c * step + s(i)] = to_compute(row[c * x.c + w.index[i] * x.axis[kW]]);
+    }
+    return;
+  }
+  int64_t left = min(w.extent, max<int64_t>(0, -w.first));
+  int64_t run = max<int64_t>(0, min(w.extent, w.size - w.first) - left);
+  const S* from = row + (w.first + left) * x.axis[kW];
+  for (int64_t c = 0; c < channels; ++c) {
+    zero(to + c * step, left);
+    zero(to + c * step + left + run, w.extent - left - run);
+    if (x.axis[kW] == 1) convert(from + c * x.c, to + c * step + left, run);
+  }
+  if (x.axis[kW] != 1) transpose(from, x.axis[kW], to + left, step, run, channels);
+}
+
+template <class S, class A>
+void pack_voxels(const View<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* p, const Slots* s,
+                 A* tile, int64_t step) {
+  int64_t row = s[kW].count(), end = s[kD].count() * s[kH].count() * row;
+  bool gaps = s[kD].count() > p[kD].extent || s[kH].count() > p[kH].extent;
+  for (int64_t i = 0; i < channels; ++i) zero(tile + i * step + (gaps ? 0 : end), gaps ? step : step - end);
+  for (int64_t d = 0; d < p[kD].extent; ++d)
+    for (int64_t h = 0; h < p[kH].extent; ++h) {
+      int64_t id = p[kD].index[d], ih = p[kH].index[h];
+      A* to = tile + (s[kD](d) * s[kH].count() + s[kH](h)) * row;
+      if (id >= 0 && ih >= 0)
+        pack_voxel_row(x.data + n * x.n + c * x.c + id * x.axis[kD] + ih * x.axis[kH], x, p[kW], s[kW], channels, to,
+                       step);
+      else
+        for (int64_t i = 0; i < channels; ++i) zero(to + i * step, row);
+    }
+}
+
+// Sums ---------------------------------------------------------------------------------------------
+
+template <class A>
+struct VoxelTap {
+  const A *x, *w;
+};
+
+// GROUP taps along the shared axis (the first `groups`), and single ones.
+template <class A>
+struct VoxelRun {
+  const VoxelTap<A>* taps;
+  int64_t groups, count;
+  int64_t x_step, w_step;  // along the shared axis: of outputs and taps alike
+  A bias;
+  A* out;
+  int64_t out_step, length;
+};
+
+template <class A>
+inline void in_register(Vec<A>& v) {  // else each use loads it again
+  asm("" : "+v"(v));
+}
+
+template <class A, int R, int GROUP>
+__attribute__((noinline)) void correlate_run(const VoxelRun<A>& g, int64_t at) {
+  for (int64_t i = 0; i < g.length; i += kLanes<A>) {
+    Vec<A> acc[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r] = broadcast(g.bias);
+    const VoxelTap<A>* tap = g.taps;
+    int64_t step = g.x_step;
+    if constexpr (GROUP > 1) {
+      for (; tap < g.taps + g.groups; ++tap) {
+        const A* x = tap->x + at + i;
+        Vec<A> w[GROUP];
+#pragma GCC unroll 16
+        for (int t = 0; t < GROUP; ++t) w[t] = broadcast(tap->w[t * g.w_step]);
+#pragma GCC unroll 32
+        for (int j = 0; j < R + GROUP - 1; ++j, x += step) {
+          Vec<A> v = load(x);
+          in_register<A>(v);
+#pragma GCC unroll 16
+          for (int t = 0; t < GROUP; ++t)
+            if (j - t >= 0 && j - t < R) acc[j - t < 0 || j - t >= R ? 0 : j - t] += v * w[t];
+        }
+      }
+    }
+    for (; tap < g.taps + g.count; ++tap) {
+      const A* x = tap->x + at + i;
+      Vec<A> w = broadcast(*tap->w);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, x += step) acc[r] += load(x) * w;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store(g.out + r * g.out_step + i, acc[r]);
+  }
+}
+
+// One item -----------------------------------------------------------------------------------------
+
+template <class S, class A>
+struct VoxelItem {
+  const VoxelPlan* p;
+  TileAxis tile[kAxes];
+  PackedAxis packed[kAxes];
+  Slots slots[kAxes];
+  int64_t step[kAxes];  // of the packed tile
+  const A *data, *w;    // the tile of the first source; weights [source, tap] of an output
+  A bias;
+  VoxelTap<A>* taps;
+  A* out;
+};
+
+inline int group_of(int64_t taps) { return taps < 3 ? 1 : taps % 5 ? 3 : 5; }
+
+// Taps of one phase: groups along the shared axis first, then the rest.
+template <class S, class A>
+void list_taps(const VoxelItem<S, A>& it, const Phase* f, VoxelRun<A>& g, int group) {
+  const VoxelPlan& p = *it.p;
+  VoxelTap<A>* to = it.taps;
+  int shared = p.shared_axis;
+  int64_t whole = group > 1 ? f[shared].taps / group * group : 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t s = 0; s < p.of_each; ++s)
+      for (int64_t d = 0; d < f[kD].taps; ++d)
+        for (int64_t h = 0; h < f[kH].taps; ++h)
+          for (int64_t w = 0; w < f[kW].taps; ++w) {
+            int64_t k[kAxes] = {d, h, w}, x = s * p.tile, number = 0;
+            if (pass == 0 ? k[shared] >= whole || k[shared] % group : k[shared] < whole) continue;
+            for (int a = 0; a < kAxes; ++a) {
+              x += it.slots[a](origin(p.axis[a], it.tile[a], f[a]) + k[a] * it.tile[a].tap_step) * it.step[a];
+              number = number * p.axis[a].kernel + f[a].w_first + k[a] * p.axis[a].w_tap;
+            }
+            *to++ = {it.data + x, it.w + s * p.taps + number};
+          }
+    if (pass == 0) g.groups = to - it.taps;
+  }
+  g.taps = it.taps, g.count = to - it.taps;
+}
+
+template <class A>
+void run_rows(const VoxelRun<A>& g, int64_t rows, int group, int64_t at) {
+  with_rows<kShared>(rows, [&](auto R) {
+    if (group == 5) correlate_run<A, R(), 5>(g, at);
+    else if (group == 3) correlate_run<A, R(), 3>(g, at);
+    else correlate_run<A, R(), 1>(g, at);
+  });
+}
+
+// One phase of one channel's tile; y: its first voxel.
+template <class S, class A>
+void correlate_phase(const VoxelItem<S, A>& it, const Phase* f, S* y, const int64_t* y_axis) {
+  const VoxelPlan& p = *it.p;
+  const int shared = p.shared_axis;
+  bool deep = shared == kD;
+  int64_t n[kAxes], y_step[kAxes], pitch = it.step[kH];
+  for (int a = 0; a < kAxes; ++a) {
+    n[a] = positions(p.axis[a], it.tile[a], f[a]);
+    if (n[a] <= 0) return;
+    y += (it.tile[a].begin * p.axis[a].phases + f[a].first) * y_axis[a];
+    y_step[a] = p.axis[a].phases * y_axis[a];
+  }
+  VoxelRun<A> g{};
+  int group = it.tile[shared].tap_step == it.slots[shared].step ? group_of(f[shared].taps) : 1;
+  list_taps(it, f, g, group);
+  g.x_step = it.step[shared], g.w_step = p.axis[shared].w_tap * p.axis[kW].kernel * (deep ? p.axis[kH].kernel : 1);
+  g.length = deep ? (n[kH] - 1) * pitch + n[kW] : n[kW];
+  g.bias = it.bias, g.out = it.out, g.out_step = round_up(g.length, kLanes<A>);
+  int64_t outer = deep ? 1 : n[kD], parts = ceil_div(n[shared], kShared);
+  for (int64_t o = 0; o < outer; ++o)
+    for (int64_t i = 0; i < parts; ++i) {
+      Range r = piece(n[shared], parts, i);
+      run_rows(g, r.end - r.begin, group, o * it.step[kD] + r.begin * it.step[shared]);
+      for (int64_t b = r.begin; b < r.end; ++b)
+        for (int64_t h = 0; h < (deep ? n[kH] : 1); ++h) {
+          const A* from = it.out + (b - r.begin) * g.out_step + h * pitch;
+          S* to = y + (deep ? b : o) * y_step[kD] + (deep ? h : b) * y_step[kH];
+          if (y_step[kW] == 1) convert(from, to, n[kW]);
+          else
+            for (int64_t w = 0; w < n[kW]; ++w) from_compute(from[w], to[w * y_step[kW]]);
+        }
+    }
+}
+
+template <class S, class A>
+void correlate_channel(const VoxelItem<S, A>& it, S* y, const int64_t* y_axis) {
+  const Axis* a = it.p->axis;
+  for (int64_t d = 0; d < a[kD].phases; ++d)
+    for (int64_t h = 0; h < a[kH].phases; ++h)
+      for (int64_t w = 0; w < a[kW].phases; ++w) {
+        Phase f[kAxes] = {phase(a[kD], d), phase(a[kH], h), phase(a[kW], w)};
+        correlate_phase(it, f, y, y_axis);
+      }
+}
+
+template <class A>
+int64_t voxel_thread_bytes(const VoxelPlan& p) {
+  int64_t bytes = aligned(p.source_channels * p.tile * sizeof(A)) + aligned(p.out * sizeof(A)) +
+                  aligned(p.of_each * p.taps * sizeof(A)) + aligned(p.of_each * p.taps * sizeof(VoxelTap<A>));
+  for (int64_t n : p.index) bytes += aligned(n * 8);
+  return bytes;
+}
+
+// Weights of one output, [source, tap]; G reads them backwards.
+template <class S, class A>
+void take_weights(const VoxelPlan& p, const S* w, int64_t output, A* to) {
+  w += output * p.of_each * p.taps;
+  for (int64_t s = 0; s < p.of_each; ++s)
+    for (int64_t t = 0; t < p.taps; ++t)
+      to[s * p.taps + t] = to_compute(w[s * p.taps + (p.transposed ? p.taps - 1 - t : t)]);
+}
+
+template <class S>
+void correlate_voxels(const VoxelPlan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, char* scratch,
+                      int threads) {
+  typedef Compute<S> A;
+  int64_t per_thread = voxel_thread_bytes<A>(p), multiplier = max<int64_t>(1, p.outputs / p.sources);
+  parallel_for(threads, p.items, [&](int64_t item, int thread) {
+    char* mine = scratch + thread * per_thread;
+    A* tile = take<A>(mine, p.source_channels * p.tile);
+    VoxelItem<S, A> it{};
+    it.p = &p;
+    it.out = take<A>(mine, p.out);
+    A* weights = take<A>(mine, p.of_each * p.taps);
+    it.w = weights, it.taps = take<VoxelTap<A>>(mine, p.of_each * p.taps);
+    for (int a = kW; a >= kD; --a) {
+      it.packed[a].index = take<int64_t>(mine, p.index[a]);
+      it.tile[a] = place_axis(p.axis[a], item % p.tiles[a], it.packed[a]);
+      it.slots[a] = slots(it.tile[a], it.packed[a]);
+      it.step[a] = a == kW ? 1 : it.step[a + 1] * it.slots[a + 1].count();
+      item /= p.tiles[a];
+    }
+    int64_t first = item % p.blocks * p.channels, last = min(first + p.channels, p.outputs), n = item / p.blocks;
+    int64_t source = p.transposed ? first * p.of_each : first / multiplier;
+    int64_t end = p.transposed ? last * p.of_each : (last - 1) / multiplier + 1;
+    pack_voxels(x, n, source, end - source, it.packed, it.slots, tile, p.tile);
+    for (int64_t k = first; k < last; ++k) {
+      it.data = tile + ((p.transposed ? k * p.of_each : k / multiplier) - source) * p.tile;
+      take_weights(p, w, k, weights);
+      it.bias = b ? to_compute(b[k]) : A(0);
+      correlate_channel(it, y.data + n * y.n + k * y.c, y.axis);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace convoxel
