@@ -8,8 +8,14 @@ namespace convoxel {
 namespace {
 
 constexpr int64_t kBlockBytes = 512 * 1024;  // of source that the rows of a block share
+constexpr int64_t kRowBytes = 28 * 1024;     // of source that the taps of a piece of a row read
 constexpr int64_t kBlockVectors = 4;         // of channels
 constexpr int64_t kRowPositions = 512;       // of a block, along W
+
+template <class A>
+inline void in_register(Vec<A>& v) {  // else the compiler loads it again for each use
+  asm("" : "+v"(v));
+}
 
 // Vectors of channels where they fill at least half of one; else of voxels.
 template <class S>
@@ -23,13 +29,16 @@ struct Reach {
 };
 
 inline Reach reach(const Axis& a, const Phase& f, int64_t j) {
-  int64_t source = j * a.in_step + f.start, first = source < 0 ? ceil_div(-source, a.in_tap) : 0;
+  auto steps = [&](int64_t n) { return a.in_tap == 1 ? n : ceil_div(n, a.in_tap); };
+  int64_t source = j * a.in_step + f.start, first = source < 0 ? steps(-source) : 0;
   source += first * a.in_tap;
-  int64_t inside = source < a.in ? ceil_div(a.in - source, a.in_tap) : 0;
+  int64_t inside = source < a.in ? steps(a.in - source) : 0;
   return {source, f.w_first + first * a.w_tap, max<int64_t>(0, min(f.taps - first, inside))};
 }
 
-inline Reach reach(const Axis& a, int64_t out) { return reach(a, phase(a, out % a.phases), out / a.phases); }
+inline Reach reach(const Axis& a, int64_t out) {
+  return a.phases == 1 ? reach(a, phase(a, 0), out) : reach(a, phase(a, out % a.phases), out / a.phases);
+}
 
 // The taps (d, h) of a row of outputs: where the source row begins, and the first of the taps along W.
 template <class S>
@@ -49,6 +58,13 @@ inline int64_t tap_rows(const Axis* axis, const Reach& d, const Reach& h, const 
       rows[n] = {x + sd * x_axis[kD] + sh * x_axis[kH], (wd * axis[kH].kernel + wh) * axis[kW].kernel};
     }
   return n;
+}
+
+// Positions along W that a row goes on for before the next row: what its taps read stays in the first-level cache.
+template <class S>
+inline int64_t row_chunk(const Axis* axis, int64_t channels, int64_t tile) {
+  int64_t bytes = axis[kD].kernel * axis[kH].kernel * channels * axis[kW].in_step * int64_t(sizeof(S));
+  return max<int64_t>(1, kRowBytes / bytes / tile) * tile;
 }
 
 // Blocks of outputs [image][D][H][W][channels]; along W in positions of a phase.

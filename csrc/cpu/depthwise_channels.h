@@ -11,19 +11,23 @@ namespace {
 
 constexpr int kPositions = kVectorBytes == 64 ? 12 : 8;  // of a tile; with the taps and one operand in registers
 
-enum Border { kInside, kBorder, kTail };  // what a tile meets: nothing, taps outside along W, the tensor's last channels
+enum Border {
+  kInside,
+  kBorder,
+  kTail
+};  // what a tile meets: nothing, taps outside along W, the tensor's last channels
 
 template <class S>
 struct Row {
   typedef Compute<S> A;
   const TapRow<S>* rows;
-  int64_t n, taps;             // rows; taps along W
-  const A* w;                  // [tap, channels]
-  int64_t x_pos, x_tap;        // steps in elements: of positions, of taps
-  int64_t w_tap, w_row;        // of the weights: of taps along W, of numbers in rows
-  int64_t at, pos, tap, in;    // along W: source of the first position's first tap, the same steps, the extent
-  int64_t x_shift;             // of `at`, in elements
-  int lanes;                   // channels in use
+  int64_t n, taps;           // rows; taps along W
+  const A* w;                // [tap, channels]
+  int64_t x_pos, x_tap;      // steps in elements: of positions, of taps
+  int64_t w_tap, w_row;      // of the weights: of taps along W, of numbers in rows
+  int64_t at, pos, tap, in;  // along W: source of the first position's first tap, the same steps, the extent
+  int64_t x_shift;           // of `at`, in elements
+  int lanes;                 // channels in use
   const A* bias;
   S* y;
   int64_t y_pos;
@@ -59,6 +63,7 @@ __attribute__((noinline)) void correlate_positions(const Row<S>& g, int64_t firs
       for (int j = 0; j < R + TAPS - 1; ++j, x += g.x_pos) {
         if (!inside<border>(g, at + j * g.pos)) continue;
         Vec<A> v = read<S, border>(g, x);
+        in_register<A>(v);
 #pragma GCC unroll 16
         for (int t = 0; t < TAPS; ++t)
           if (j - t >= 0 && j - t < R) acc[j - t < 0 || j - t >= R ? 0 : j - t] += v * taps[t];
@@ -146,8 +151,8 @@ void correlate_phase(const ChannelPlan& p, const Block& b, const Phase& f, Row<S
 
 // x and y channels-last, of as many channels.
 template <class S>
-void correlate_channels(const ChannelPlan& p, const View<S>& x, const S* x_end, const S* w, const S* b, const View<S>& y,
-               char* scratch, int threads) {
+void correlate_channels(const ChannelPlan& p, const View<S>& x, const S* x_end, const S* w, const S* b,
+                        const View<S>& y, char* scratch, int threads) {
   typedef Compute<S> A;
   A* panel = take<A>(scratch, p.taps * p.stride);
   A* bias = take<A>(scratch, p.stride);
@@ -157,19 +162,22 @@ void correlate_channels(const ChannelPlan& p, const View<S>& x, const S* x_end, 
   zero(bias, p.stride);
   if (b) convert(b, bias, p.C);
   int64_t most = p.axis[kD].kernel * p.axis[kH].kernel, per_thread = aligned(most * sizeof(TapRow<S>));
+  int64_t chunk = row_chunk<S>(p.axis, p.blocks.width, kPositions);
   parallel_for(threads, p.blocks.tiles * p.blocks.c_blocks, [&](int64_t item, int thread) {
     TapRow<S>* rows = reinterpret_cast<TapRow<S>*>(scratch + thread * per_thread);
     Block k = block(p.blocks, p.axis, item / p.blocks.c_blocks, item % p.blocks.c_blocks);
     for (int64_t d = k.begin[kD]; d < k.end[kD]; ++d) {
       Reach in_d = reach(p.axis[kD], d);
-      for (int64_t h = k.begin[kH]; h < k.end[kH]; ++h) {
-        Row<S> g{};
-        g.rows = rows;
-        g.n = tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + k.n * x.n, x.axis, rows);
-        S* to = y.data + k.n * y.n + d * y.axis[kD] + h * y.axis[kH];
-        for (int64_t r = 0; r < p.axis[kW].phases; ++r)
-          correlate_phase<S>(p, k, phase(p.axis[kW], r), g, panel, bias, to, p.C, x_end);
-      }
+      for (Block b = k; b.begin[kW] < k.end[kW]; b.begin[kW] = b.end[kW])
+        for (int64_t h = k.begin[kH]; h < k.end[kH]; ++h) {
+          b.end[kW] = min(k.end[kW], b.begin[kW] + chunk);
+          Row<S> g{};
+          g.rows = rows;
+          g.n = tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + k.n * x.n, x.axis, rows);
+          S* to = y.data + k.n * y.n + d * y.axis[kD] + h * y.axis[kH];
+          for (int64_t r = 0; r < p.axis[kW].phases; ++r)
+            correlate_phase<S>(p, b, phase(p.axis[kW], r), g, panel, bias, to, p.C, x_end);
+        }
     }
   });
 }

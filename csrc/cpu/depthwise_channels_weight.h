@@ -7,6 +7,7 @@ namespace convoxel {
 namespace {
 
 constexpr int kSums = kVectorBytes == 64 ? 27 : 12;  // in registers
+constexpr int64_t kSumPositions = 24;                // least of a piece of a row: sums are added to memory after it
 constexpr int64_t kPieces = 2 * kMinItems;
 
 template <class S>
@@ -122,24 +123,39 @@ ChannelWeightPlan make_channel_weight_plan(const ConvGeometry& g) {
 inline int64_t row_bytes(const ChannelWeightPlan& p) { return aligned(p.axis[kD].kernel * p.axis[kH].kernel * 16); }
 
 template <class S>
-void add_block(const ChannelWeightPlan& p, const Block& b, const View<S>& x, const View<S>& y, const Ends<S>& end, TapRow<S>* rows,
-               Compute<S>* panel) {
+void add_block(const ChannelWeightPlan& p, const Block& block, const View<S>& x, const View<S>& y, const Ends<S>& end,
+               TapRow<S>* rows, Compute<S>* panel) {
   typedef Compute<S> A;
   const Axis& a = p.axis[kW];
   Phase f = forward_phase(a.conv);
-  for (int64_t d = b.begin[kD]; d < b.end[kD]; ++d) {
+  int64_t chunk = row_chunk<S>(p.axis, p.blocks.width, kSumPositions);
+  for (int64_t d = block.begin[kD]; d < block.end[kD]; ++d) {
     Reach in_d = reach(p.axis[kD], d);
-    for (int64_t h = b.begin[kH]; h < b.end[kH]; ++h) {
-      int64_t n = tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + b.n * x.n, x.axis, rows);
-      const S* dy = y.data + b.n * y.n + d * y.axis[kD] + h * y.axis[kH] + b.begin[kW] * y.axis[kW];
-      Sums<S> g{rows, f.taps, a.in_step * p.C, a.in_tap * p.C, b.begin[kW] * a.in_step + f.start, a.in_step, a.in_tap,
-                a.in, 0, nullptr, p.C, nullptr, p.stride, 0};
-      for (int64_t c = b.c; c < b.c + b.channels; c += kLanes<A>) {
-        g.x_shift = g.at * p.C + c, g.dy = dy + c, g.panel = panel + c;
-        g.lanes = int(min<int64_t>(kLanes<A>, b.c + b.channels - c));
-        add_row(g, n, b.end[kW] - b.begin[kW], end);
+    for (Block b = block; b.begin[kW] < block.end[kW]; b.begin[kW] = b.end[kW])
+      for (int64_t h = b.begin[kH]; h < b.end[kH]; ++h) {
+        b.end[kW] = min(block.end[kW], b.begin[kW] + chunk);
+        int64_t n = tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + b.n * x.n, x.axis, rows);
+        const S* dy = y.data + b.n * y.n + d * y.axis[kD] + h * y.axis[kH] + b.begin[kW] * y.axis[kW];
+        Sums<S> g{rows,
+                  f.taps,
+                  a.in_step * p.C,
+                  a.in_tap * p.C,
+                  b.begin[kW] * a.in_step + f.start,
+                  a.in_step,
+                  a.in_tap,
+                  a.in,
+                  0,
+                  nullptr,
+                  p.C,
+                  nullptr,
+                  p.stride,
+                  0};
+        for (int64_t c = b.c; c < b.c + b.channels; c += kLanes<A>) {
+          g.x_shift = g.at * p.C + c, g.dy = dy + c, g.panel = panel + c;
+          g.lanes = int(min<int64_t>(kLanes<A>, b.c + b.channels - c));
+          add_row(g, n, b.end[kW] - b.begin[kW], end);
+        }
       }
-    }
   }
 }
 

@@ -6,6 +6,8 @@
 // then follow each other in one long run, whose ends compute what nobody reads. Outputs that lie side by side along
 // D (or H) share what they read.
 #pragma once
+#include <type_traits>
+
 #include "depthwise.h"
 
 namespace convoxel {
@@ -42,7 +44,7 @@ template <class A>
 int64_t voxel_tile(const VoxelPlan& p) {
   int64_t e = 1;
   for (const Axis& a : p.axis) e *= most_slots(a, a.tile);
-  return round_up(e + kLanes<A>, kLanes<A>);
+  return round_up(e, kLanes<A>) + 2 * kLanes<A>;
 }
 
 template <class A>
@@ -91,45 +93,82 @@ VoxelPlan make_voxel_plan(const ConvGeometry& g, bool transposed) {
 
 // Packing ------------------------------------------------------------------------------------------
 
-// One row along W of `channels` channels, each to a tile of its own, `step` elements apart.
+// dst[i] = src[i * step], n of them; whole vectors only, the last of which may begin earlier.
+template <class S, class R>
+inline void copy_steps(const S* src, int64_t step, R* dst, int64_t n) {
+  typedef Compute<S> A;
+  typedef decltype(Vec<A>{} < Vec<A>{}) Mask;
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  if (step == 1 && n >= L) {
+    for (; i + L < n; i += L) store(dst + i, load(src + i));
+    return store(dst + n - L, load(src + n - L));
+  }
+  if (step == 2) {
+    Mask even;
+    for (int j = 0; j < L; ++j) even[j] = 2 * j;
+    for (; i + L < n; i += L) store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + L), even));
+  }
+  for (; i < n; ++i) from_compute(to_compute(src[i * step]), dst[i]);
+}
+
+// At least n zeros; up to a vector more.
+template <class A>
+inline void zero_over(A* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) store(p + i, Vec<A>{});
+}
+
+// One row along W of `channels` channels, each to a tile of its own, `step` elements apart; what follows it in the
+// tile is packed later.
 template <class S, class A>
 void pack_voxel_row(const S* row, const View<S>& x, const PackedAxis& w, const Slots& s, int64_t channels, A* to,
                     int64_t step) {
-  if (!w.dense || s.step > 1) {
-    for (int64_t c = 0; c < channels; ++c) {
-      zero(to + c * step, s.count());
+  if (!w.dense) {
+    for (int64_t c = 0; c < channels; ++c)
       for (int64_t i = 0; i < w.extent; ++i)
-        if (w.index[i] >= 0) to[c * step + s(i)] = to_compute(row[c * x.c + w.index[i] * x.axis[kW]]);
-    }
+        to[c * step + i] = w.index[i] < 0 ? A(0) : to_compute(row[c * x.c + w.index[i] * x.axis[kW]]);
     return;
   }
-  int64_t left = min(w.extent, max<int64_t>(0, -w.first));
-  int64_t run = max<int64_t>(0, min(w.extent, w.size - w.first) - left);
-  const S* from = row + (w.first + left) * x.axis[kW];
-  for (int64_t c = 0; c < channels; ++c) {
-    zero(to + c * step, left);
-    zero(to + c * step + left + run, w.extent - left - run);
-    if (x.axis[kW] == 1) convert(from + c * x.c, to + c * step + left, run);
+  for (int64_t r = 0; r < s.step; ++r, to += s.each) {  // every step-th voxel, from the r-th
+    int64_t first = w.first + r, rest = w.size - first, left = first < 0 ? -first : 0;
+    if (s.step > 1) left = ceil_div(left, s.step), rest = ceil_div(max<int64_t>(0, rest), s.step);
+    left = min(left, s.each);
+    int64_t run = max<int64_t>(0, min(s.each, rest) - left);
+    const S* from = row + (first + left * s.step) * x.axis[kW];
+    for (int64_t c = 0; c < channels; ++c) {
+      zero_over(to + c * step, left);
+      if (x.axis[kW] == 1) copy_steps(from + c * x.c, s.step, to + c * step + left, run);
+      if (x.axis[kW] == 1) zero_over(to + c * step + left + run, s.each - left - run);
+    }
+    if (x.axis[kW] == 1) continue;
+    transpose(from, x.axis[kW] * s.step, to + left, step, run, channels);
+    for (int64_t c = 0; c < channels; ++c) zero_over(to + c * step + left + run, s.each - left - run);
   }
-  if (x.axis[kW] != 1) transpose(from, x.axis[kW], to + left, step, run, channels);
 }
 
+// The place whose slot is s, or nothing where a stride leaves a gap.
+inline int64_t source_of(const PackedAxis& p, const Slots& s, int64_t slot) {
+  int64_t i = s.step == 1 ? slot : slot % s.each * s.step + slot / s.each;
+  return i < p.extent ? p.index[i] : -1;
+}
+
+// In the order of the tile, since each row may write a vector beyond its end.
 template <class S, class A>
-void pack_voxels(const View<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* p, const Slots* s,
-                 A* tile, int64_t step) {
-  int64_t row = s[kW].count(), end = s[kD].count() * s[kH].count() * row;
-  bool gaps = s[kD].count() > p[kD].extent || s[kH].count() > p[kH].extent;
-  for (int64_t i = 0; i < channels; ++i) zero(tile + i * step + (gaps ? 0 : end), gaps ? step : step - end);
-  for (int64_t d = 0; d < p[kD].extent; ++d)
-    for (int64_t h = 0; h < p[kH].extent; ++h) {
-      int64_t id = p[kD].index[d], ih = p[kH].index[h];
-      A* to = tile + (s[kD](d) * s[kH].count() + s[kH](h)) * row;
+void pack_voxels(const View<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* p, const Slots* s, A* tile,
+                 int64_t step) {
+  int64_t row = s[kW].count();
+  const S* from = x.data + n * x.n + c * x.c;
+  for (int64_t d = 0; d < s[kD].count(); ++d) {
+    int64_t id = source_of(p[kD], s[kD], d);
+    for (int64_t h = 0; h < s[kH].count(); ++h, tile += row) {
+      int64_t ih = source_of(p[kH], s[kH], h);
       if (id >= 0 && ih >= 0)
-        pack_voxel_row(x.data + n * x.n + c * x.c + id * x.axis[kD] + ih * x.axis[kH], x, p[kW], s[kW], channels, to,
-                       step);
+        pack_voxel_row(from + id * x.axis[kD] + ih * x.axis[kH], x, p[kW], s[kW], channels, tile, step);
       else
-        for (int64_t i = 0; i < channels; ++i) zero(to + i * step, row);
+        for (int64_t i = 0; i < channels; ++i) zero_over(tile + i * step, row);
     }
+  }
+  for (int64_t i = 0; i < channels; ++i) zero_over(tile + i * step, kLanes<A>);
 }
 
 // Sums ---------------------------------------------------------------------------------------------
@@ -148,16 +187,13 @@ struct VoxelRun {
   A bias;
   A* out;
   int64_t out_step, length;
+  int64_t last;  // where the last vector begins, at most
 };
-
-template <class A>
-inline void in_register(Vec<A>& v) {  // else each use loads it again
-  asm("" : "+v"(v));
-}
 
 template <class A, int R, int GROUP>
 __attribute__((noinline)) void correlate_run(const VoxelRun<A>& g, int64_t at) {
-  for (int64_t i = 0; i < g.length; i += kLanes<A>) {
+  for (int64_t begin = 0; begin < g.length; begin += kLanes<A>) {
+    int64_t i = min(begin, g.last);
     Vec<A> acc[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) acc[r] = broadcast(g.bias);
@@ -241,6 +277,12 @@ void run_rows(const VoxelRun<A>& g, int64_t rows, int group, int64_t at) {
   });
 }
 
+template <class S, class A>
+inline void put_row(const A* from, int64_t n, S* to, int64_t step) {
+  if (step == 1) return copy_steps(from, 1, to, n);
+  for (int64_t i = 0; i < n; ++i) from_compute(from[i], to[i * step]);
+}
+
 // One phase of one channel's tile; y: its first voxel.
 template <class S, class A>
 void correlate_phase(const VoxelItem<S, A>& it, const Phase* f, S* y, const int64_t* y_axis) {
@@ -258,21 +300,33 @@ void correlate_phase(const VoxelItem<S, A>& it, const Phase* f, S* y, const int6
   int group = it.tile[shared].tap_step == it.slots[shared].step ? group_of(f[shared].taps) : 1;
   list_taps(it, f, g, group);
   g.x_step = it.step[shared], g.w_step = p.axis[shared].w_tap * p.axis[kW].kernel * (deep ? p.axis[kH].kernel : 1);
-  g.length = deep ? (n[kH] - 1) * pitch + n[kW] : n[kW];
-  g.bias = it.bias, g.out = it.out, g.out_step = round_up(g.length, kLanes<A>);
-  int64_t outer = deep ? 1 : n[kD], parts = ceil_div(n[shared], kShared);
-  for (int64_t o = 0; o < outer; ++o)
+  int64_t parts = ceil_div(n[shared], kShared);
+  auto run = [&](int64_t at, const Range& r) { run_rows(g, r.end - r.begin, group, at + r.begin * it.step[shared]); };
+  g.bias = it.bias;
+  if constexpr (std::is_same<S, A>::value) {  // rows of whole vectors go straight to the output
+    int64_t L = kLanes<A>, other = deep ? kH : kD;
+    if (y_step[kW] == 1 && n[kW] >= L && 4 * round_up(n[kW], L) <= 5 * n[kW]) {
+      g.out_step = y_step[shared], g.length = n[kW], g.last = n[kW] - L;
+      for (int64_t i = 0; i < parts; ++i) {
+        Range r = piece(n[shared], parts, i);
+        for (int64_t o = 0; o < n[other]; ++o) {
+          g.out = y + r.begin * y_step[shared] + o * y_step[other];
+          run(o * it.step[other], r);
+        }
+      }
+      return;
+    }
+  }
+  g.length = g.last = deep ? (n[kH] - 1) * pitch + n[kW] : n[kW];
+  g.out = it.out, g.out_step = round_up(g.length, kLanes<A>);
+  for (int64_t o = 0; o < (deep ? 1 : n[kD]); ++o)
     for (int64_t i = 0; i < parts; ++i) {
       Range r = piece(n[shared], parts, i);
-      run_rows(g, r.end - r.begin, group, o * it.step[kD] + r.begin * it.step[shared]);
+      run(o * it.step[kD], r);
       for (int64_t b = r.begin; b < r.end; ++b)
-        for (int64_t h = 0; h < (deep ? n[kH] : 1); ++h) {
-          const A* from = it.out + (b - r.begin) * g.out_step + h * pitch;
-          S* to = y + (deep ? b : o) * y_step[kD] + (deep ? h : b) * y_step[kH];
-          if (y_step[kW] == 1) convert(from, to, n[kW]);
-          else
-            for (int64_t w = 0; w < n[kW]; ++w) from_compute(from[w], to[w * y_step[kW]]);
-        }
+        for (int64_t h = 0; h < (deep ? n[kH] : 1); ++h)
+          put_row(it.out + (b - r.begin) * g.out_step + h * pitch, n[kW],
+                  y + (deep ? b : o) * y_step[kD] + (deep ? h : b) * y_step[kH], y_step[kW]);
     }
 }
 

@@ -9,11 +9,11 @@ namespace {
 
 template <class A>
 struct VoxelSums {
-  const A *x, *dy;               // at the first output of a row
-  int64_t x_step, dy_step, n;    // along the shared axis: of outputs and taps alike; outputs
-  int64_t width;                 // outputs along W
-  const int64_t *offset, *sum;   // of taps off the shared axis: in x, and in the sums (vectors)
-  int64_t sum_step;              // of taps along the shared axis
+  const A *x, *dy;              // at the first output of a row
+  int64_t x_step, dy_step, n;   // along the shared axis: of outputs and taps alike; outputs
+  int64_t width;                // outputs along W
+  const int64_t *offset, *sum;  // of taps off the shared axis: in x, and in the sums (vectors)
+  int64_t sum_step;             // of taps along the shared axis
   A* sums;
 };
 
@@ -34,16 +34,19 @@ inline void add_column(const VoxelSums<A>& g, const int64_t* offset, int64_t w, 
 #pragma GCC unroll 16
   for (int k = 0; k < GROUP; ++k) dy[k] = Vec<A>{};
   const A *x = g.x + w, *from = g.dy + w;
+  auto read = [&](int t) {
+    Vec<A> v = load(x + offset[t]);
+    if constexpr (tail) v = first_lanes<A>(v, g.width - w);
+    return v;
+  };
   for (int64_t i = 0; i < g.n + GROUP - 1; ++i, x += g.x_step, from += g.dy_step) {
 #pragma GCC unroll 16
     for (int k = GROUP - 1; k > 0; --k) dy[k] = dy[k - 1];
     if (i < g.n) dy[0] = load(from);
-    bool inside = i >= GROUP - 1 && i < g.n;
-    if (inside) {
+    if (i >= GROUP - 1 && i < g.n) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        Vec<A> v = load(x + offset[t]);
-        if constexpr (tail) v = first_lanes<A>(v, g.width - w);
+        Vec<A> v = read(t);
         in_register<A>(v);
 #pragma GCC unroll 16
         for (int k = 0; k < GROUP; ++k) acc[t][k] += v * dy[k];
@@ -51,13 +54,10 @@ inline void add_column(const VoxelSums<A>& g, const int64_t* offset, int64_t w, 
       continue;
     }
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
-      Vec<A> v = load(x + offset[t]);
-      if constexpr (tail) v = first_lanes<A>(v, g.width - w);
+    for (int k = 0; k < GROUP; ++k)
+      if (i >= k && i - k < g.n)
 #pragma GCC unroll 16
-      for (int k = 0; k < GROUP; ++k)
-        if (i >= k && i - k < g.n) acc[t][k] += v * dy[k];
-    }
+        for (int t = 0; t < T; ++t) acc[t][k] += read(t) * dy[k];
   }
 }
 
@@ -85,7 +85,7 @@ __attribute__((noinline)) void add_taps(const VoxelSums<A>& g, int64_t first) {
 
 template <class A, int GROUP>
 void add_group(const VoxelSums<A>& g, int64_t taps) {
-  constexpr int most = kVectorBytes == 64 ? 27 : 9, T = most / GROUP > 9 ? 9 : most / GROUP;
+  constexpr int most = kVectorBytes == 64 ? 20 : 9, T = GROUP == 1 ? 9 : most / GROUP;  // sums in registers
   int64_t t = 0;
   for (; t + T <= taps; t += T) add_taps<A, T, GROUP>(g, t);
   if constexpr (T > 3)
@@ -115,8 +115,15 @@ void add_channel(const VoxelItem<S, A>& it, const A* dy, int64_t dy_row, int64_t
   for (int64_t o = 0; o < it.tile[other].n; ++o)
     for (int64_t k = 0; k < all;) {
       int group = all - k >= most ? most : 1;
-      VoxelSums<A> g{it.data + o * it.step[other] + place(shared, k), dy + o * dy_step[other], it.step[shared],
-                     dy_step[shared], it.tile[shared].n, it.tile[kW].n, offset, sum, number[shared],
+      VoxelSums<A> g{it.data + o * it.step[other] + place(shared, k),
+                     dy + o * dy_step[other],
+                     it.step[shared],
+                     dy_step[shared],
+                     it.tile[shared].n,
+                     it.tile[kW].n,
+                     offset,
+                     sum,
+                     number[shared],
                      sums + k * number[shared] * kLanes<A>};
       if (group == 5) add_group<A, 5>(g, taps);
       else if (group == 3) add_group<A, 3>(g, taps);
@@ -133,8 +140,7 @@ void pack_voxel_dy(const View<S>& y, int64_t n, int64_t k, int64_t channels, con
   for (int64_t d = 0; d < t[kD].n; ++d)
     for (int64_t h = 0; h < t[kH].n; ++h, to += row) {
       const S* from = y.data + n * y.n + k * y.c + (t[kD].begin + d) * y.axis[kD] + (t[kH].begin + h) * y.axis[kH];
-      pack_voxel_row(from, y, w, Slots{1, w.extent}, channels, to, step);
-      for (int64_t c = 0; c < channels; ++c) zero(to + c * step + w.extent, row - w.extent);
+      pack_voxel_row(from, y, w, Slots{1, row}, channels, to, step);
     }
 }
 
@@ -148,7 +154,7 @@ VoxelWeightPlan make_voxel_weight_plan(const ConvGeometry& g) {
   VoxelWeightPlan p{make_voxel_plan<A>(g, false), 0, 0, 0, 0};
   const Axis* a = p.x.axis;
   p.dy_row = round_up(a[kW].tile, kLanes<A>);
-  p.dy_tile = a[kD].tile * a[kH].tile * p.dy_row;
+  p.dy_tile = a[kD].tile * a[kH].tile * p.dy_row + kLanes<A>;
   p.all_tiles = p.x.items / p.x.blocks;
   p.pieces = min(p.all_tiles, ceil_div(2 * kMinItems, p.x.blocks));
   return p;
