@@ -20,15 +20,15 @@
 namespace convoxel {
 namespace {
 
-constexpr int64_t kSmallSums = 2 * 1024 * 1024;    // bytes of dU for pieces
-constexpr int64_t kPieces = 32;                    // for machines of as many threads
-constexpr int64_t kPanelBytes = 64 * 1024 * 1024;  // of dU of all pieces
-constexpr int64_t kPieceBytes = 1024 * 1024;       // of V and W of a region of a piece
-constexpr int64_t kRegionBytes = 8 * 1024 * 1024;  // the same for all threads, at least; four times that at most
-constexpr int64_t kRun = 16;                       // regions
-constexpr int64_t kRegionDepth = 8;                // tiles: two more planes of x than outputs are transformed
-constexpr int64_t kPassTiles = 64;                 // of one chain of sums
-constexpr int64_t kPassBytes = 512 * 1024;         // of V and W of all points along D for a pass
+constexpr int64_t kSmallSums = 2 * 1024 * 1024;     // bytes of dU for pieces
+constexpr int64_t kPieces = 32;                     // for machines of as many threads
+constexpr int64_t kPanelBytes = 64 * 1024 * 1024;   // of dU of all pieces
+constexpr int64_t kPieceBytes = 1024 * 1024;        // of V and W of a region of a piece
+constexpr int64_t kRegionBytes = 16 * 1024 * 1024;  // the same for all threads, at least; twice that at most
+constexpr int64_t kRun = 16;                        // regions
+constexpr int64_t kRegionDepth = 8;                 // tiles: two more planes of x than outputs are transformed
+constexpr int64_t kPassTiles = 64;                  // of one chain of sums
+constexpr int64_t kPassBytes = 512 * 1024;          // of V and W of all points along D for a pass
 
 struct Plan : Tiling {
   int64_t c_stride, k_stride, pass, of_group, pieces;          // of_group: regions; pieces: 0: all threads at each
@@ -40,7 +40,7 @@ void choose_regions(Plan& p) {
   int64_t deep = p.most[kD] = min(p.tiles[kD], kRegionDepth);
   int64_t column = p.points_hw * (extent_of(p, kD, deep) * p.c_stride + deep * p.M[kD] * p.k_stride) * sizeof(A);
   int64_t sums = p.dU * int64_t(sizeof(A));  // each region passes over them
-  int64_t bytes = p.pieces ? kPieceBytes : max(kRegionBytes, min(4 * kRegionBytes, sums));
+  int64_t bytes = p.pieces ? kPieceBytes : max(kRegionBytes, min(2 * kRegionBytes, sums));
   int64_t room = max<int64_t>(1, bytes / column);
   p.most[kW] = min(p.tiles[kW], room);
   p.most[kH] = min(p.tiles[kH], max<int64_t>(1, room / p.most[kW]));
