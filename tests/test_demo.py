@@ -9,7 +9,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from convoxel import bench_network, nn, runtime
+from convoxel import nn, runtime
+from convoxel.bench.networks import torch_twin
 from convoxel.demo import data, measure, report, run, train
 from convoxel.demo.augment import Patches
 from convoxel.models import UNet
@@ -141,7 +142,7 @@ def test_threshold_baseline_scores_what_the_issue_says(brain):
 
 def test_torch_twin_has_torch_layers_and_the_same_numbers():
     network = UNet(rank=3, in_channels=1, out_channels=4, features=(4, 8))
-    twin = bench_network.torch_twin(network)
+    twin = torch_twin(network)
     assert type(twin) is UNet and type(network.heads[0]) is nn.Conv3d
     assert not any(type(layer).__module__.startswith("convoxel.nn") for layer in twin.modules())
     assert type(twin.heads[0]) is torch.nn.Conv3d

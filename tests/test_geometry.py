@@ -34,6 +34,43 @@ def test_flops_are_torchs() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "linear n3 c4 k5",
+        "linear n3 c4 k5 nobias bf16",
+        "batch_norm n2 c4 i5",
+        "instance_norm n2 c4 i5x6 nobias",
+        "group_norm n2 c6 i5x6x7 g3 last",
+        "relu n1 c2 i3",
+        "leaky_relu n1 c2 i3x4 f64",
+        "max_pool n1 c2 i9x8 f3x2 s2x1 p1x0 d1x2",
+        "max_pool n1 c2 i9x8 f3x2",
+        "avg_pool n1 c2 i7x8x9 f2x2x2 s1x2x3",
+        "interpolate n1 c2 i3x4x5 s2x1x2",
+        "interpolate n1 c2 i3 s4 nearest last",
+    ],
+)
+def test_every_operator_has_problems(text: str) -> None:
+    p = Problem.parse(text)
+    assert str(p) == text and Problem.parse(str(p)) == p
+    x = torch.empty(p.x_shape, dtype=p.torch_dtype)
+    w, b = (torch.empty(s) if s else None for s in (p.w_shape, p.b_shape))
+    assert p.flops == (2 * p.n * p.c * p.k if p.op == "linear" else 0)
+    if p.op == "linear":
+        assert T.linear(x.float(), w, b).shape == p.y_shape
+    elif "norm" in p.op:
+        assert (w is None) == ("nobias" in text) and p.y_shape == p.x_shape
+        assert w is None or w.shape == b.shape == (p.c,)
+    elif "pool" in p.op:
+        how = (p.d,) if p.op == "max_pool" else ()
+        assert getattr(T, f"{p.op}{p.rank}d")(x, p.f, p.s, p.p, *how).shape == p.y_shape
+    elif p.op == "interpolate":
+        assert T.interpolate(x, scale_factor=p.s).shape == p.y_shape and p.nearest == ("nearest" in text)
+    else:
+        assert p.y_shape == p.x_shape
+
+
+@pytest.mark.parametrize(
     ("text", "word"),
     [
         ("", "starts with ''"),
@@ -41,6 +78,13 @@ def test_flops_are_torchs() -> None:
         ("conv n1 c2 z3", "'z3'"),
         ("conv n1 i4x4 f3x3x3", "i has 2 axes, but f"),
         ("conv n1 i4xx4", "'i4xx4'"),
+        ("relu c2 i4 f3", "'f3' is not understood; relu takes n c i"),
+        ("relu c2 i4 nobias", "'nobias'"),
+        ("conv c2 i4 nearest", "'nearest'"),
+        ("linear n2 c3 k4 i5", "'i5'"),
+        ("max_pool c2 i4 f2 p2", "padding must be at most half of the kernel"),
+        ("max_pool c2 i4 f2x2", "i has 1 axes, but f"),
+        ("group_norm c4 i5 g3", "must be multiples of g3"),
     ],
 )
 def test_a_wrong_problem_names_the_word(text: str, word: str) -> None:

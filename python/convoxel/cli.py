@@ -40,16 +40,17 @@ def _info(_: argparse.Namespace) -> int:
 COMMANDS = (
     Command("info", "print versions, instruction sets, threads and CUDA", _info_arguments, _info),
     Command(
-        "bench", "compare convoxel's layers with torch's on this machine", bench.add_arguments, bench.run
+        "bench",
+        "compare convoxel with torch and other engines on this machine",
+        lambda parser: bench.add_arguments(parser, [_shared()]),
+        bench.run,
     ),
     Command("demo", "train a 3D U-Net on a real MRI and check it", demo.add_arguments, demo.run_command),
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    from . import __version__
-
+def _shared() -> argparse.ArgumentParser:
+    """What every command takes."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--traceback",
@@ -57,6 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="on an error show where in the program it happened (also CONVOXEL_TRACEBACK=1)",
     )
+    return shared
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    from . import __version__
+
+    shared = _shared()
     parser = argparse.ArgumentParser(
         prog="convoxel",
         description="Segmentation networks for medical images on this machine: see `convoxel COMMAND --help`.",
@@ -79,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(bench.complete(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return int(stop.code or 0)
     try:

@@ -6,9 +6,10 @@ their errors, the fake kernels for their shapes, the benchmark for its FLOPs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,7 +119,22 @@ def memory_format(last: bool, rank: int = 5) -> torch.memory_format:
     return torch.channels_last_3d if rank == 5 else torch.channels_last
 
 
-OPS = ("conv", "conv_transpose")
+# What a Problem may name, each with the letters that it takes.
+OPS = {
+    "conv": "nckifspdg",
+    "conv_transpose": "nckifspdog",
+    "linear": "nck",
+    "batch_norm": "nci",
+    "instance_norm": "nci",
+    "group_norm": "ncig",
+    "relu": "nci",
+    "leaky_relu": "nci",
+    "max_pool": "ncifspd",
+    "avg_pool": "ncifsp",
+    "interpolate": "ncis",
+}
+POOLS = ("max_pool", "avg_pool")
+NORMS = ("batch_norm", "instance_norm", "group_norm")
 
 
 @dataclass(frozen=True)
@@ -131,9 +147,12 @@ class Problem:
     >>> str(p)
     'conv n1 c32 k64 i128x128x128 f3x3x3 s2x2x2 p1x1x1 bf16'
 
-    n: images, c: input channels, k: output channels, i: input extents in voxels, f: kernel, s: stride,
-    p: padding, d: dilation, o: output padding (transposed only), g: groups, `nobias`, `last` (channels-last),
-    and f32 (default), bf16 or f64. Extents have one, two or three axes, in the order D, H, W.
+    The first word is one of `OPS`. n: images (linear: rows), c: input channels, k: output channels (conv and
+    linear), i: input extents in voxels, f: kernel, s: stride (pools: f if unsaid; interpolate: how many times
+    larger), p: padding, d: dilation, o: output padding (transposed only), g: groups, `nobias` (norms: neither
+    weight nor bias), `last` (channels-last), `nearest` (interpolate, which is linear otherwise), and f32 (default),
+    bf16 or f64. Extents have one, two or three axes, in the order D, H, W; linear has none. Norms use the
+    statistics of x.
     """
 
     op: str = "conv"
@@ -150,12 +169,18 @@ class Problem:
     bias: bool = True
     last: bool = False
     dtype: str = "f32"
+    nearest: bool = False
 
     DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
 
     @property
     def rank(self) -> int:
         return len(self.i)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a sum of products with a weight (K, C, ...): conv, conv_transpose, linear."""
+        return "k" in OPS[self.op]
 
     @property
     def transposed(self) -> bool:
@@ -171,27 +196,38 @@ class Problem:
 
     @property
     def w_shape(self) -> tuple[int, ...]:
+        """Of the weight; () where the operator has none."""
+        if not self.convolves:
+            return (self.c,) if self.op in NORMS and self.bias else ()
         pair = (self.c, self.k // self.g) if self.transposed else (self.k, self.c // self.g)
         return (*pair, *self.f)
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        """Of the bias; () where there is none."""
+        if not self.bias or not (self.convolves or self.op in NORMS):
+            return ()
+        return (self.k,)
 
     @property
     def y_shape(self) -> tuple[int, ...]:
         if self.transposed:
             axes = zip(self.i, self.f, self.s, self.p, self.o, self.d, strict=True)
             return (self.n, self.k, *(conv_transpose_out_size(*a) for a in axes))
+        if self.op == "interpolate":
+            return (self.n, self.k, *(n * s for n, s in zip(self.i, self.s, strict=True)))
+        # with their kernel 1, stride 1 and padding 0, norms and activations keep the size
         axes4 = zip(self.i, self.f, self.s, self.p, self.d, strict=True)
         return (self.n, self.k, *(conv_out_size(*a) for a in axes4))
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the definition, padding counted as torch counts it."""
-        taps = 1
-        for size in self.f:
-            taps *= size
-        pixels = 1
-        for size in self.i if self.transposed else self.y_shape[2:]:
-            pixels *= size
-        return 2 * self.n * pixels * taps * self.c * self.k // self.g
+        """Multiplications and additions of the definition of a convolution or a linear layer, padding counted as
+        torch counts it; of the others 0, since memory bounds them."""
+        if not self.convolves:
+            return 0
+        pixels = math.prod(self.i if self.transposed else self.y_shape[2:])
+        return 2 * self.n * pixels * math.prod(self.f) * self.c * self.k // self.g
 
     @classmethod
     def parse(cls, text: str) -> Problem:
@@ -201,32 +237,45 @@ class Problem:
             raise ValueError(f"problem '{text}': starts with '{op}', expected one of {', '.join(OPS)}")
         fields: dict[str, Any] = {}
         for word in words:
-            match = re.fullmatch(r"([ncgkifspdo])(\d+(?:x\d+)*)", word)
+            match = re.fullmatch(rf"([{OPS[op]}])(\d+(?:x\d+)*)", word)
             if word in cls.DTYPES:
                 fields["dtype"] = word
-            elif word in ("last", "nobias"):
-                fields.update({"last": True} if word == "last" else {"bias": False})
+            elif word == "last" or (word == "nearest" and op == "interpolate"):
+                fields[word] = True
+            elif word == "nobias" and ("k" in OPS[op] or op in NORMS):
+                fields["bias"] = False
             elif match:
                 numbers = tuple(int(v) for v in match[2].split("x"))
-                fields[match[1]] = numbers[0] if match[1] in "ncgk" else numbers
+                fields[match[1]] = numbers[0] if match[1] in "nckg" else numbers
             else:
                 raise ValueError(
-                    f"problem '{text}': '{word}' is not understood; see convoxel.geometry.Problem"
+                    f"problem '{text}': '{word}' is not understood; {op} takes {' '.join(OPS[op])} and the words "
+                    "of convoxel.geometry.Problem"
                 )
-        problem = replace(cls(op=op), **fields)
-        rank = problem.rank
-        axes = {a: fields.get(a, ((0,) if a in "po" else (1,)) * rank) for a in "fspdo"}
-        if wrong := [a for a, v in axes.items() if len(v) != rank]:
+        fields = cls.defaults(op, fields) | fields
+        rank = len(fields["i"])
+        if wrong := [a for a in "fspdo" if len(fields[a]) != rank]:
             raise ValueError(
                 f"problem '{text}': i has {rank} axes, but {', '.join(wrong)} has another number"
             )
-        return replace(problem, **axes)._checked(text)
+        return cls(op, **fields)._checked(text)
+
+    @staticmethod
+    def defaults(op: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """What is meant where a string says nothing."""
+        i = fields.get("i", () if op == "linear" else (1, 1, 1))
+        ones, zeros = (1,) * len(i), (0,) * len(i)
+        stride = fields.get("f", ones) if op in POOLS else ones
+        return {"i": i, "k": 1 if "k" in OPS[op] else fields.get("c", 1),
+                "f": ones, "s": stride, "p": zeros, "d": ones, "o": zeros}  # fmt: skip
 
     def _checked(self, text: str) -> Problem:
         if min(self.n, self.c, self.k, self.g, *self.i, *self.f, *self.s, *self.d) < 1:
             raise ValueError(f"problem '{text}': everything but padding must be at least 1")
         if self.c % self.g or self.k % self.g:
             raise ValueError(f"problem '{text}': c{self.c} and k{self.k} must be multiples of g{self.g}")
+        if self.op in POOLS and any(2 * p > f for p, f in zip(self.p, self.f, strict=True)):
+            raise ValueError(f"problem '{text}': padding must be at most half of the kernel")
         if min(self.y_shape) < 1:
             raise ValueError(
                 f"problem '{text}': gives an output of {self.y_shape}; the kernel must fit in the padded input"
@@ -234,10 +283,13 @@ class Problem:
         return self
 
     def __str__(self) -> str:
-        words = [self.op, f"n{self.n}", f"c{self.c}", f"k{self.k}"]
-        for name, default in (("i", None), ("f", None), ("s", 1), ("p", 0), ("d", 1), ("o", 0)):
-            values = getattr(self, name)
-            if any(v != default for v in values):
-                words.append(name + "x".join(str(v) for v in values))
-        words += [f"g{self.g}"] * (self.g != 1) + ["nobias"] * (not self.bias) + ["last"] * self.last
-        return " ".join(words + [self.dtype] * (self.dtype != "f32"))
+        words = [self.op]
+        usual = self.defaults(self.op, {a: getattr(self, a) for a in "icf"})
+        for name in OPS[self.op]:
+            value = getattr(self, name)
+            if name in "ncki":
+                words.append(name + (str(value) if name != "i" else "x".join(map(str, value))))
+            elif name == "f" or (name != "g" and value != usual[name]):
+                words.append(name + "x".join(map(str, value)))
+        words += [f"g{self.g}"] * (self.g != 1) + ["nobias"] * (not self.bias) + ["nearest"] * self.nearest
+        return " ".join(words + ["last"] * self.last + [self.dtype] * (self.dtype != "f32"))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..bench_network import torch_twin
+from ..bench.networks import torch_twin
 from ..model import Model
 from .data import CLASSES
 

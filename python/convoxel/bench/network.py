@@ -10,59 +10,32 @@ processes take turns, A B C A B C:
 
 from __future__ import annotations
 
-import copy
-import multiprocessing
+import argparse
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import memory
-from .models import UNet
+from .. import memory, runtime
+from . import results
+from .arguments import add_machine, add_output, at_isa, at_least_one, sizes
+from .networks import NETWORKS, build
+from .operators import CHANNELS_LAST
+from .process import in_process
 
+SUMMARY = "run whole networks beside torch's, in time and memory"
 
-@dataclass(frozen=True)
-class Network:
-    """nnU-Net's networks as `models.UNet` builds them: features of each stage, and a patch (D, H, W) or (H, W)."""
-
-    rank: int
-    features: tuple[int, ...]
-    patch: tuple[int, ...]
-    batch: int
-
-
-NETWORKS = {
-    "nnunet3d": Network(3, (32, 64, 128, 256, 320, 320), (128, 128, 128), 1),
-    "nnunet2d": Network(2, (32, 64, 128, 256, 512, 512, 512), (512, 512), 2),
-}
-CLASSES = 3
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 # name: (torch's own layers, memory kept, memory formats of which the better one counts)
 VARIANTS = {
     "convoxel": (False, False, (True,)),
     "torch": (True, False, (False,)),
     "torch, memory kept": (True, True, (False, True)),
 }
-
-
-def torch_twin(network: nn.Module) -> nn.Module:
-    """A copy of the network, weights included, in which torch's own kernels do the work.
-
-    Every layer of `convoxel.nn` is a subclass of the torch layer of the same name, so the copy's layers only
-    change their class.
-    """
-    twin = copy.deepcopy(network)
-    for layer in twin.modules():
-        own = type(layer)
-        if own.__module__.startswith("convoxel.nn"):
-            layer.__class__ = next(base for base in own.__mro__ if base.__module__.startswith("torch.nn"))
-    return twin
 
 
 @dataclass
@@ -73,14 +46,6 @@ class Turn:
     step: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
     logits: list[float] = field(default_factory=list)
-
-
-def build(name: str, size: tuple[int, ...], batch: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network, images (N, 1, *size) and labels (N, *size), the same in every process."""
-    torch.manual_seed(0)
-    spec = NETWORKS[name]
-    network = UNet(spec.rank, 1, CLASSES, spec.features)
-    return network, torch.randn(batch, 1, *size), torch.randint(0, CLASSES, (batch, *size))
 
 
 def timed(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -94,12 +59,18 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
-def measure(name: str, size: tuple[int, ...], batch: int, own: bool, last: bool, repeats: int) -> Turn:
-    """One variant in one memory format; `own`: with torch's kernels."""
-    network, x, labels = build(name, size, batch)
-    network = torch_twin(network) if own else network
+def measure(
+    variant: str, last: bool, threads: int, name: str, size: tuple[int, ...], batch: int, repeats: int
+) -> Turn:
+    """One variant in one memory format, in this process."""
+    own, kept, _ = VARIANTS[variant]
+    torch.set_num_threads(threads)
+    runtime.set_strict(True)
+    if kept:
+        memory.keep_freed(True)
+    network, x, labels = build(name, size, batch, own)
     if last:
-        layout = CHANNELS_LAST[NETWORKS[name].rank]
+        layout = CHANNELS_LAST[len(size)]
         cast(Any, network).to(memory_format=layout)
         x = torch.empty_like(x, memory_format=layout).copy_(x)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True)
@@ -120,37 +91,6 @@ def measure(name: str, size: tuple[int, ...], batch: int, own: bool, last: bool,
     return turn
 
 
-def worker(pipe: Connection, variant: str, last: bool, threads: int, how: tuple[Any, ...]) -> None:
-    own, kept, _ = VARIANTS[variant]
-    torch.set_num_threads(threads)
-    if kept:
-        memory.keep_freed(True)
-    name, size, batch, repeats = how
-    try:
-        pipe.send(measure(name, size, batch, own, last, repeats))
-    except Exception as error:  # the parent's to tell
-        pipe.send(error)
-
-
-def in_process(*how: Any) -> Turn:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=worker, args=(theirs, *how))
-    process.start()
-    theirs.close()
-    try:
-        turn: Turn | Exception = ours.recv()
-    except EOFError:
-        raise RuntimeError(
-            f"bench network: the process of {how[0]!r} ended early; is memory short?"
-        ) from None
-    finally:
-        process.join()
-    if isinstance(turn, Exception):
-        raise turn
-    return turn
-
-
 @dataclass
 class Row:
     network: str
@@ -161,20 +101,37 @@ class Row:
     difference: float  # relative, of the logits, from torch's
 
 
-def run(
-    name: str, size: tuple[int, ...] | None, batch: int | None, rounds: int, repeats: int, threads: int
-) -> list[dict[str, Any]]:
-    """Measures and prints a network; returns the rows as they are printed."""
-    spec = NETWORKS[name]
-    size, batch = size or spec.patch, batch or spec.batch
-    if len(size) != spec.rank:
-        raise ValueError(f"--size: {name} takes {spec.rank} numbers, received {','.join(map(str, size))}")
-    print(f"{name}: {spec.features}, images {(batch, 1, *size)}, float32; {rounds} x {repeats} calls each")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=list(NETWORKS), default="nnunet3d", help="(default: nnunet3d)")
+    parser.add_argument("--size", type=sizes, metavar="D,H,W", help="voxels of a patch")
+    parser.add_argument("--batch", type=at_least_one, help="images of a batch")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=2, help="processes of each variant (default: 2)"
+    )
+    add_machine(parser, 3)
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    return at_isa(run_network, args)
+
+
+def run_network(args: argparse.Namespace) -> int:
+    """Measures and prints a network."""
+    name, rounds, repeats = args.model, args.rounds, args.repeats
+    spec, threads = NETWORKS[name], args.threads or torch.get_num_threads()
+    size, batch = args.size or spec.patch, args.batch or spec.batch
+    if len(size) != len(spec.patch):
+        received = ",".join(map(str, size))
+        raise ValueError(f"--size: {name} takes {len(spec.patch)} numbers, received {received}")
+    machine = results.machine()
+    print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", sep="\n")
+    print(f"{name}: images {(batch, 1, *size)}, float32; {rounds} x {repeats} calls each", flush=True)
     turns: dict[tuple[str, bool], list[Turn]] = {}
     for _ in range(rounds):
         for variant, (_, _, layouts) in VARIANTS.items():
             for last in layouts:
-                turn = in_process(variant, last, threads, (name, size, batch, repeats))
+                turn = in_process(measure, variant, last, threads, name, size, batch, repeats)
                 turns.setdefault((variant, last), []).append(turn)
     reference = torch.tensor(turns["torch", False][0].logits, dtype=torch.float64)
     print(f"{'':<20} {'forward ms':>11} {'step ms':>9} {'peak MB':>8} {'difference':>11}")
@@ -196,4 +153,5 @@ def run(
             f"convoxel over {row.variant}: forward {row.forward_ms / ours.forward_ms:.2f}x, training step "
             f"{row.step_ms / ours.step_ms:.2f}x, {ours.peak_mb / row.peak_mb:.2f} of the memory"
         )
-    return [asdict(row) for row in rows]
+    results.write(args.json, results.Results("network", machine, [asdict(row) for row in rows]))
+    return 0
