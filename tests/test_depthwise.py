@@ -72,6 +72,21 @@ def test_exact_on_integers(text: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("x_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_outputs_that_are_stored_past_the_caches(dtype: torch.dtype, x_last: bool, isa: str) -> None:
+    """32 MiB and more; with stride 1 the input gradient is the convolution with flipped weights."""
+    x = torch.randint(-3, 4, (2, 32, 34, 80, 112) if dtype == torch.bfloat16 else (1, 32, 34, 80, 112)).to(
+        dtype
+    )
+    w = torch.randint(-3, 4, (32, 1, 1, 3, 3)).to(dtype)
+    x = last(x) if x_last else x
+    expected = T.conv3d(x.float(), w.float(), None, 1, (0, 1, 1), 1, 32).to(dtype)
+    assert expected.nbytes >= 32 << 20
+    assert torch.equal(F.conv3d(x, w, None, 1, (0, 1, 1), 1, 32), expected)
+    assert torch.equal(F.conv_transpose3d(x, w.flip((3, 4)), None, 1, (0, 1, 1), 0, 32), expected)
+
+
+@pytest.mark.parametrize("x_last", [False, True])
 @pytest.mark.parametrize("k", [3, 5])
 def test_error_against_float64_as_highest_promises(k: int, x_last: bool, isa: str) -> None:
     """At most twice torch's own error, or 4 eps (gradients 8 eps) where torch's is smaller."""

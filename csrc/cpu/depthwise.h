@@ -9,12 +9,37 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 * 1024;  // of source that the rows of a block share
 constexpr int64_t kRowBytes = 28 * 1024;     // of source that the taps of a piece of a row read
+constexpr int64_t kStreamBytes = 32 << 20;   // outputs of this size and more are stored past the caches
 constexpr int64_t kBlockVectors = 4;         // of channels
 constexpr int64_t kRowPositions = 512;       // of a block, along W
 
 template <class A>
 inline void in_register(Vec<A>& v) {  // else the compiler loads it again for each use
   asm("" : "+v"(v));
+}
+
+// A store past the caches, which neither reads the line first nor drives out what is still needed: for outputs too
+// large to be kept until they are read. p is aligned to what is stored; `end_streams` before others look.
+template <class S>
+inline void stream(S* p, Vec<Compute<S>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v));
+  else _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 2) _mm_stream_si128((__m128i*)p, (__m128i)narrow(v));
+  else _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+template <class S>
+inline bool streamable(const S* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes<Compute<S>> * sizeof(S)) == 0;
 }
 
 // Vectors of channels where they fill at least half of one; else of voxels.
@@ -67,6 +92,11 @@ inline int64_t row_chunk(const Axis* axis, int64_t channels, int64_t tile) {
   return max<int64_t>(1, kRowBytes / bytes / tile) * tile;
 }
 
+// A short rest joins the piece before it.
+inline int64_t chunk_end(int64_t begin, int64_t end, int64_t chunk) {
+  return end - begin < chunk + chunk / 2 ? end : begin + chunk;
+}
+
 // Blocks of outputs [image][D][H][W][channels]; along W in positions of a phase.
 struct Blocks {
   int64_t N, width, channels;  // width: channels of a block, whole vectors
@@ -95,6 +125,7 @@ Blocks make_blocks(int64_t N, int64_t C, const Axis* axis) {
   int64_t planes = min(axis[kD].kernel, axis[kD].in);
   int64_t row = min(b.size[kW] * axis[kW].in_step + axis[kW].kernel, axis[kW].in) * b.width * int64_t(sizeof(S));
   int64_t rows = max<int64_t>(1, (kBlockBytes / (row * planes) - axis[kH].kernel) / axis[kH].in_step);
+  if (planes == 1) rows = extent[kH];  // they go on to the next row, not to the next plane
   b.size[kH] = ceil_div(extent[kH], ceil_div(extent[kH], rows * axis[kH].phases));
   count_tiles(b, extent);
   const int64_t least[kAxes] = {4, 4, 64};

@@ -31,6 +31,7 @@ struct Row {
   const A* bias;
   S* y;
   int64_t y_pos;
+  bool stream;  // y past the caches
 };
 
 template <class S, Border border>
@@ -52,6 +53,11 @@ __attribute__((noinline)) void correlate_positions(const Row<S>& g, int64_t firs
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r] = load(g.bias);
   int64_t shift = g.x_shift + first * g.x_pos, at = g.at + first * g.pos;
+  int low = 0, high = R + TAPS;  // places of a shared row that lie inside
+  if (border != kInside) {
+    low = at < 0 ? int(min<int64_t>(high, ceil_div(-at, g.pos))) : 0;
+    high = at < g.in ? int(min<int64_t>(high, ceil_div(g.in - at, g.pos))) : 0;
+  }
   for (const TapRow<S>* row = g.rows; row < g.rows + g.n; ++row) {
     const S* x = row->x + shift;
     const A* w = g.w + row->w * g.w_row;
@@ -61,7 +67,7 @@ __attribute__((noinline)) void correlate_positions(const Row<S>& g, int64_t firs
       for (int t = 0; t < TAPS; ++t) taps[t] = load(w + t * g.w_tap);
 #pragma GCC unroll 32
       for (int j = 0; j < R + TAPS - 1; ++j, x += g.x_pos) {
-        if (!inside<border>(g, at + j * g.pos)) continue;
+        if (border != kInside && (j < low || j >= high)) continue;
         Vec<A> v = read<S, border>(g, x);
         in_register<A>(v);
 #pragma GCC unroll 16
@@ -79,6 +85,11 @@ __attribute__((noinline)) void correlate_positions(const Row<S>& g, int64_t firs
     }
   }
   S* y = g.y + first * g.y_pos;
+  if (g.stream) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, y += g.y_pos) stream(y, acc[r]);
+    return;
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r, y += g.y_pos) {
     if (g.lanes == kLanes<A>) store(y, acc[r]);
@@ -126,23 +137,28 @@ ChannelPlan make_channel_plan(const ConvGeometry& g, bool transposed) {
   return p;
 }
 
-// One phase along W of one row of outputs, all channels of the block.
+// What the rows of a block share in one phase along W; how many positions that is. A Row is never copied: wide loads
+// of what was just stored wait for all stores before, those of the output too.
 template <class S>
-void correlate_phase(const ChannelPlan& p, const Block& b, const Phase& f, Row<S> g, const Compute<S>* w,
-                     const Compute<S>* bias, S* y, int64_t pixel, const S* end) {
-  constexpr int64_t L = kLanes<Compute<S>>;
+int64_t start_phase(const ChannelPlan& p, const Block& b, const Phase& f, Row<S>& g) {
   const Axis& a = p.axis[kW];
-  int64_t last = min(b.end[kW], ceil_div(a.out - f.first, a.phases)), positions = last - b.begin[kW];
-  if (positions <= 0) return;
-  g.n = f.taps ? g.n : 0, g.taps = f.taps;
-  g.x_pos = a.in_step * pixel, g.x_tap = a.in_tap * pixel, g.w_tap = a.w_tap * p.stride, g.w_row = p.stride;
+  g.taps = f.taps;
+  g.x_pos = a.in_step * p.C, g.x_tap = a.in_tap * p.C, g.w_tap = a.w_tap * p.stride, g.w_row = p.stride;
   g.at = b.begin[kW] * a.in_step + f.start, g.pos = a.in_step, g.tap = a.in_tap, g.in = a.in;
-  g.y_pos = a.phases * pixel;
-  y += (f.first + b.begin[kW] * a.phases) * pixel;
-  bool share = a.in_step == a.in_tap;
+  g.y_pos = a.phases * p.C;
+  return min(b.end[kW], ceil_div(a.out - f.first, a.phases)) - b.begin[kW];
+}
+
+// One row of one phase, all channels of the block, to y.
+template <class S>
+void correlate_phase(const ChannelPlan& p, const Block& b, Row<S>& g, int64_t positions, const Compute<S>* w,
+                     const Compute<S>* bias, S* y, const S* end, bool streams) {
+  constexpr int64_t L = kLanes<Compute<S>>;
+  bool share = g.pos == g.tap;
   for (int64_t c = b.c; c < b.c + b.channels; c += L) {
-    g.x_shift = g.at * pixel + c, g.lanes = int(min<int64_t>(L, b.c + b.channels - c));
-    g.w = w + f.w_first * p.stride + c, g.bias = bias + c, g.y = y + c;
+    g.x_shift = g.at * p.C + c, g.lanes = int(min<int64_t>(L, b.c + b.channels - c));
+    g.w = w + c, g.bias = bias + c, g.y = y + c;
+    g.stream = streams && g.lanes == L && streamable(g.y);
     if (share && g.taps == 3) correlate_row<S, 3>(g, positions, end);
     else if (share && g.taps == 5) correlate_row<S, 5>(g, positions, end);
     else correlate_row<S, 0>(g, positions, end);
@@ -163,22 +179,30 @@ void correlate_channels(const ChannelPlan& p, const View<S>& x, const S* x_end, 
   if (b) convert(b, bias, p.C);
   int64_t most = p.axis[kD].kernel * p.axis[kH].kernel, per_thread = aligned(most * sizeof(TapRow<S>));
   int64_t chunk = row_chunk<S>(p.axis, p.blocks.width, kPositions);
+  bool streams = p.blocks.N * y.n * int64_t(sizeof(S)) >= kStreamBytes && p.C % kLanes<A> == 0;
   parallel_for(threads, p.blocks.tiles * p.blocks.c_blocks, [&](int64_t item, int thread) {
     TapRow<S>* rows = reinterpret_cast<TapRow<S>*>(scratch + thread * per_thread);
     Block k = block(p.blocks, p.axis, item / p.blocks.c_blocks, item % p.blocks.c_blocks);
+    Row<S> g{};
+    g.rows = rows;
     for (int64_t d = k.begin[kD]; d < k.end[kD]; ++d) {
       Reach in_d = reach(p.axis[kD], d);
-      for (Block b = k; b.begin[kW] < k.end[kW]; b.begin[kW] = b.end[kW])
-        for (int64_t h = k.begin[kH]; h < k.end[kH]; ++h) {
-          b.end[kW] = min(k.end[kW], b.begin[kW] + chunk);
-          Row<S> g{};
-          g.rows = rows;
-          g.n = tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + k.n * x.n, x.axis, rows);
-          S* to = y.data + k.n * y.n + d * y.axis[kD] + h * y.axis[kH];
-          for (int64_t r = 0; r < p.axis[kW].phases; ++r)
-            correlate_phase<S>(p, b, phase(p.axis[kW], r), g, panel, bias, to, p.C, x_end);
+      S* plane = y.data + k.n * y.n + d * y.axis[kD];
+      for (Block b = k; b.begin[kW] < k.end[kW]; b.begin[kW] = b.end[kW]) {
+        b.end[kW] = chunk_end(b.begin[kW], k.end[kW], chunk);
+        for (int64_t r = 0; r < p.axis[kW].phases; ++r) {
+          Phase f = phase(p.axis[kW], r);
+          int64_t positions = start_phase(p, b, f, g);
+          S* to = plane + (f.first + b.begin[kW] * p.axis[kW].phases) * p.C;
+          for (int64_t h = k.begin[kH]; h < k.end[kH] && positions > 0; ++h) {
+            g.n = f.taps ? tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + k.n * x.n, x.axis, rows) : 0;
+            correlate_phase<S>(p, b, g, positions, panel + f.w_first * p.stride, bias, to + h * y.axis[kH], x_end,
+                               streams);
+          }
         }
+      }
     }
+    if (streams) end_streams();
   });
 }
 

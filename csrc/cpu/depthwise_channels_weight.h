@@ -133,7 +133,7 @@ void add_block(const ChannelWeightPlan& p, const Block& block, const View<S>& x,
     Reach in_d = reach(p.axis[kD], d);
     for (Block b = block; b.begin[kW] < block.end[kW]; b.begin[kW] = b.end[kW])
       for (int64_t h = b.begin[kH]; h < b.end[kH]; ++h) {
-        b.end[kW] = min(block.end[kW], b.begin[kW] + chunk);
+        b.end[kW] = chunk_end(b.begin[kW], block.end[kW], chunk);
         int64_t n = tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + b.n * x.n, x.axis, rows);
         const S* dy = y.data + b.n * y.n + d * y.axis[kD] + h * y.axis[kH] + b.begin[kW] * y.axis[kW];
         Sums<S> g{rows,

@@ -188,6 +188,7 @@ struct VoxelRun {
   A* out;
   int64_t out_step, length;
   int64_t last;  // where the last vector begins, at most
+  bool stream;   // past the caches
 };
 
 template <class A, int R, int GROUP>
@@ -221,8 +222,14 @@ __attribute__((noinline)) void correlate_run(const VoxelRun<A>& g, int64_t at) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r, x += step) acc[r] += load(x) * w;
     }
+    A* out = g.out + i;
+    if (g.stream) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store(g.out + r * g.out_step + i, acc[r]);
+      for (int r = 0; r < R; ++r, out += g.out_step) stream(out, acc[r]);
+      continue;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, out += g.out_step) store(out, acc[r]);
   }
 }
 
@@ -239,6 +246,7 @@ struct VoxelItem {
   A bias;
   VoxelTap<A>* taps;
   A* out;
+  bool streams;
 };
 
 inline int group_of(int64_t taps) { return taps < 3 ? 1 : taps % 5 ? 3 : 5; }
@@ -307,6 +315,7 @@ void correlate_phase(const VoxelItem<S, A>& it, const Phase* f, S* y, const int6
     int64_t L = kLanes<A>, other = deep ? kH : kD;
     if (y_step[kW] == 1 && n[kW] >= L && 4 * round_up(n[kW], L) <= 5 * n[kW]) {
       g.out_step = y_step[shared], g.length = n[kW], g.last = n[kW] - L;
+      g.stream = it.streams && n[kW] % L == 0 && y_step[kH] % L == 0 && y_step[kD] % L == 0 && streamable(y);
       for (int64_t i = 0; i < parts; ++i) {
         Range r = piece(n[shared], parts, i);
         for (int64_t o = 0; o < n[other]; ++o) {
@@ -369,6 +378,7 @@ void correlate_voxels(const VoxelPlan& p, const View<S>& x, const S* w, const S*
     VoxelItem<S, A> it{};
     it.p = &p;
     it.out = take<A>(mine, p.out);
+    it.streams = p.N * y.n * int64_t(sizeof(S)) >= kStreamBytes;
     A* weights = take<A>(mine, p.of_each * p.taps);
     it.w = weights, it.taps = take<VoxelTap<A>>(mine, p.of_each * p.taps);
     for (int a = kW; a >= kD; --a) {
@@ -388,6 +398,7 @@ void correlate_voxels(const VoxelPlan& p, const View<S>& x, const S* w, const S*
       it.bias = b ? to_compute(b[k]) : A(0);
       correlate_channel(it, y.data + n * y.n + k * y.c, y.axis);
     }
+    if (it.streams) end_streams();
   });
 }
 
