@@ -47,7 +47,7 @@ def _served(count: int, lower_precision: bool = False) -> Callable[[Callable[...
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             tensors = [a for a in (*args[:count], *kwargs.values()) if isinstance(a, Tensor)]
-            for what, value in (*zip(names, args, strict=False), *kwargs.items()):
+            for what, value in (*zip(names[: len(args)], args[:count], strict=True), *kwargs.items()):
                 if value is not None and what in must_be_tensors and not isinstance(value, Tensor):
                     raise TypeError(f"{name}(): argument '{what}' must be Tensor, not {type(value).__name__}")
             if tensors and (reason := why_not(*tensors)):
