@@ -55,13 +55,13 @@ void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const 
 
 const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  const ConvCorrelate* of[] = {k.conv_direct, k.conv_winograd, k.conv_depthwise};
+  const ConvCorrelate* of[] = {k.conv_direct, k.conv_winograd, k.conv_depthwise, k.conv_columns};
   return of[g.algorithm][dtype];
 }
 
 const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight};
+  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight, k.conv_columns_weight};
   return of[g.algorithm][dtype];
 }
 

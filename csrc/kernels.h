@@ -138,9 +138,11 @@ struct Kernels {
   const ConvCorrelate* conv_direct;  // [kDTypes], as all that follow
   const ConvCorrelate* conv_winograd;
   const ConvCorrelate* conv_depthwise;
+  const ConvCorrelate* conv_columns;
   const ConvKernel* conv_weight_grad;  // w = H(x, y)
   const ConvKernel* conv_winograd_weight;
   const ConvKernel* conv_depthwise_weight;
+  const ConvKernel* conv_columns_weight;
   const ConvKernel* conv_bias_grad;  // b = y summed over all but K
   const Norm* norm;
   const Activation* activation;

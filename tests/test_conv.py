@@ -23,6 +23,13 @@ def _direct() -> None:
     convoxel.set_conv_algorithm("direct")
 
 
+@pytest.fixture(params=["direct", "columns"])
+def algorithm(request: pytest.FixtureRequest) -> str:
+    """Runs the test with each algorithm that is exact on integers and takes everything."""
+    convoxel.set_conv_algorithm(request.param)
+    return str(request.param)
+
+
 def channels_last(t: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return t.to(memory_format=formats[t.dim()]) if t.dim() in formats else t
@@ -49,7 +56,7 @@ def results(module, p: Problem, x: Tensor, w: Tensor, b: Tensor | None, dy: Tens
 
 
 @pytest.mark.parametrize("p", CONV + CONV_TRANSPOSE, ids=str)
-def test_exact_on_integers(p: Problem, isa: str) -> None:
+def test_exact_on_integers(p: Problem, isa: str, algorithm: str) -> None:
     convoxel.set_strict(True)
     for dtype, x_last, dy_last in itertools.product(DTYPES, (False, True), (False, True)):
         x, w, b, dy = integers(p, dtype)
@@ -80,7 +87,7 @@ def test_values_and_gradients_in_float64(p: Problem) -> None:
         "conv_transpose n1 c64 k32 i8x8x8 f2x2x2 s2x2x2",
     ],
 )
-def test_error_against_float64_as_highest_promises(text: str, isa: str) -> None:
+def test_error_against_float64_as_highest_promises(text: str, isa: str, algorithm: str) -> None:
     """At most twice torch's own error, or 4 eps (gradients 8 eps) where torch's is smaller."""
     p = Problem.parse(text)
     x, w, dy = (torch.randn(s) for s in (p.x_shape, p.w_shape, p.y_shape))
@@ -95,7 +102,7 @@ def test_error_against_float64_as_highest_promises(text: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_voxel_is_within_the_bound(dtype: torch.dtype, isa: str) -> None:
+def test_every_voxel_is_within_the_bound(dtype: torch.dtype, isa: str, algorithm: str) -> None:
     p = Problem.parse("conv n1 c40 k24 i9x10x11 f3x3x3 p1x1x1")
     x, w = torch.randn(p.x_shape).to(dtype), torch.randn(p.w_shape).to(dtype)
     y = call(F, p, x, w, None).double()
@@ -298,7 +305,7 @@ def test_linear_with_any_bias_and_without_features(
     torch.testing.assert_close(*[torch.autograd.grad(y, leaves, dy) for y in ys])
 
 
-def test_same_bits_for_every_run_and_thread_count(isa: str) -> None:
+def test_same_bits_for_every_run_and_thread_count(isa: str, algorithm: str) -> None:
     p = Problem.parse("conv n2 c20 k40 i12x13x14 f3x3x3 p1x1x1")
     x, w, b, dy = (torch.randn(s) for s in (p.x_shape, p.w_shape, (p.k,), p.y_shape))
     runs = []
@@ -310,7 +317,7 @@ def test_same_bits_for_every_run_and_thread_count(isa: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_come_out_where_torchs_do(value: float, isa: str) -> None:
+def test_nan_and_infinity_come_out_where_torchs_do(value: float, isa: str, algorithm: str) -> None:
     x, w = torch.randn(1, 3, 6, 7, 8), torch.randn(5, 3, 3, 3, 3)
     x[0, 1, 2, 3, 4] = value
     y, e = F.conv3d(x, w, padding=1), T.conv3d(x.double(), w.double(), padding=1)

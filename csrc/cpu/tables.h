@@ -7,9 +7,11 @@ namespace CONVOXEL_ISA {
 extern const ConvCorrelate conv_direct[kDTypes];
 extern const ConvCorrelate conv_winograd[kDTypes];
 extern const ConvCorrelate conv_depthwise[kDTypes];
+extern const ConvCorrelate conv_columns[kDTypes];
 extern const ConvKernel conv_weight_grad[kDTypes];
 extern const ConvKernel conv_winograd_weight[kDTypes];
 extern const ConvKernel conv_depthwise_weight[kDTypes];
+extern const ConvKernel conv_columns_weight[kDTypes];
 extern const ConvKernel conv_bias_grad[kDTypes];
 extern const Norm norm[kDTypes];
 extern const Activation activation[kDTypes];

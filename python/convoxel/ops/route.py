@@ -3,16 +3,18 @@
     direct    the definition: every kernel, stride and dilation; keeps precision `highest`
     winograd  three taps along H and W, three or one along D, stride and dilation 1: tiles of 4 or 2 outputs an axis
               need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6; forward and both gradients
+    columns   few voxels and many channels: the definition, as a product of matrices that reads the weights in place;
+              keeps `highest`
     depthwise one input channel a group: the definition, with vectors of channels or of voxels; keeps `highest`
 
-Where both of the first are possible, the lower estimate of cycles decides. Its constants were measured on one core of
+Of the first three that are possible, the lowest estimate of cycles decides. Its constants were measured on one core of
 an Intel Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
 
@@ -20,8 +22,9 @@ import torch
 
 Tile = tuple[int, int, int]
 LANES = 16
+COLUMNS = 2**31  # the places that an index of columns has, and more than they are ever good for
 MULTIPLIER = 4  # outputs of a channel that depthwise kernels take
-ALGORITHMS = ("direct", "winograd", "depthwise")  # as csrc/geometry.h numbers them
+ALGORITHMS = ("direct", "winograd", "depthwise", "columns")  # as csrc/geometry.h numbers them
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,10 @@ def tiles(taps: tuple[int, ...]) -> Iterator[Tile]:
             yield d, hw, hw
 
 
-def declined(op: str, axes: list[tuple[int, ...]], dtype: torch.dtype, precision: str, algorithm: str) -> str:
+def declined(axes: list[tuple[int, ...]], dtype: torch.dtype, precision: str, algorithm: str) -> str:
     """Why Winograd's algorithm is out of the question, or nothing."""
-    if op == "conv_bias_grad":
-        return "no other for this gradient"
-    if algorithm == "direct":
-        return "algorithm direct is set"
+    if algorithm in ("direct", "columns"):
+        return f"algorithm {algorithm} is set"
     if dtype == torch.float64:
         return "float64"
     if dtype == torch.float32 and precision == "highest" and algorithm != "winograd":
@@ -111,10 +112,17 @@ def declined(op: str, axes: list[tuple[int, ...]], dtype: torch.dtype, precision
     return ""
 
 
-def depthwise(op: str, geometry: tuple[int, ...]) -> bool:
+def depthwise(geometry: tuple[int, ...]) -> bool:
     """One channel in and few out of each group."""
     _, c, k, groups = geometry[:4]
-    return op != "conv_bias_grad" and c == groups and k <= MULTIPLIER * c
+    return c == groups and k <= MULTIPLIER * c
+
+
+def columns_cycles(work: Work) -> float:
+    """Weights are read where they lie, vectors are of voxels; the columns are gathered element by element."""
+    pixels = work.images * prod(work.out)
+    rows = prod(work.taps) * work.c
+    return work.groups * (ceil(pixels / LANES) * rows * (work.k / 2 / 0.8 + 20) + rows * work.k / LANES * 10)
 
 
 @lru_cache(maxsize=4096)
@@ -122,17 +130,25 @@ def choose(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: st
     """geometry: as `ops.conv.numbers` gives it; precision, algorithm: in the words of `runtime`."""
     images, c, k, groups = geometry[:4]
     axes = [geometry[4 + 6 * a : 10 + 6 * a] for a in range(3)]
-    if depthwise(op, geometry) and algorithm == "auto":
+    if op == "conv_bias_grad":
+        return Route("direct", DIRECT.tile, "no other for this gradient")
+    if depthwise(geometry) and algorithm == "auto":
         return Route("depthwise", DIRECT.tile, "one input channel a group")
-    if why := declined(op, axes, dtype, precision, algorithm):
-        return Route("direct", DIRECT.tile, why)
     sizes, outs, taps, *_ = zip(*axes, strict=True)
     c, k = c // groups, k // groups
     if op == "conv_input_grad":
-        c, k, outs = k, c, sizes
+        c, k = k, c
     work = Work(images, groups, c, k, outs, taps)
-    gradient = op == "conv_weight_grad"
-    cycles, tile = min((winograd_cycles(work, t, gradient), t) for t in tiles(taps))
-    if cycles > direct_cycles(work) and algorithm != "winograd":
-        return Route("direct", DIRECT.tile, "Winograd's is not faster here")
-    return Route("winograd", tile, f"tile {'x'.join(map(str, tile))}")
+    why = declined(axes, dtype, precision, algorithm)
+    routes = [(direct_cycles(work), Route("direct", DIRECT.tile, why or "Winograd's is not faster here"))]
+    if algorithm in ("auto", "columns") and images * max(prod(sizes), prod(outs)) * prod(taps) < COLUMNS:
+        routes.append((columns_cycles(work), Route("columns", DIRECT.tile, "few voxels")))
+    if not why:
+        at = replace(work, out=sizes) if op == "conv_input_grad" else work
+        gradient = op == "conv_weight_grad"
+        routes += [
+            (winograd_cycles(at, tile, gradient), Route("winograd", tile, f"tile {'x'.join(map(str, tile))}"))
+            for tile in tiles(taps)
+        ]
+    wanted = [r for r in routes if r[1].algorithm == algorithm]
+    return min(wanted or routes, key=lambda r: r[0])[1]
