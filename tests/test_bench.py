@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as T
 
 from convoxel import bench, cli, runtime
-from convoxel.bench import lists, measure, operators, process
+from convoxel.bench import lists, measure, network, networks, operators, peers, process
 from convoxel.geometry import NORMS, Problem
 
 
@@ -107,25 +110,25 @@ def test_lists_are_problems_of_a_sensible_size(name: str) -> None:
         assert max(operators.least_bytes(p, d) for d in operators.passes(p)) < 2**30
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "conv n1 c8 k6 i7x8 f3x3 p1x1",
-        "conv_transpose n2 c6 k8 i4x5x6 f2x2x2 s2x2x2 nobias",
-        "conv n2 c8 k12 i40x6 f5x3 s2x1 p1x0 d2x1 g4",
-        "conv_transpose n1 c4 k8 i30x5x3 f5x1x2 s3x1x2 p1x0x1 o2x0x1 d2x1x1 g2",
-        "linear n3 c5 k7",
-        "batch_norm n3 c6 i5x4",
-        "instance_norm n2 c6 i5x4x3 nobias",
-        "group_norm n2 c6 i7 g3",
-        "relu n1 c5 i6",
-        "leaky_relu n1 c5 i6x7",
-        "max_pool n1 c5 i7x8 f3x2 s2x1 p1x0 d1x2",
-        "avg_pool n1 c5 i6x7x8 f2x2x2",
-        "interpolate n1 c5 i4x5x6 s2x1x3",
-        "interpolate n1 c5 i4x5 s2x2 nearest",
-    ],
+OPERATORS = (
+    "conv n1 c8 k6 i7x8 f3x3 p1x1",
+    "conv_transpose n2 c6 k8 i4x5x6 f2x2x2 s2x2x2 nobias",
+    "conv n2 c8 k12 i40x6 f5x3 s2x1 p1x0 d2x1 g4",
+    "conv_transpose n1 c4 k8 i30x5x3 f5x1x2 s3x1x2 p1x0x1 o2x0x1 d2x1x1 g2",
+    "linear n3 c5 k7",
+    "batch_norm n3 c6 i5x4",
+    "instance_norm n2 c6 i5x4x3 nobias",
+    "group_norm n2 c6 i7 g3",
+    "relu n1 c5 i6",
+    "leaky_relu n1 c5 i6x7",
+    "max_pool n1 c5 i7x8 f3x2 s2x1 p1x0 d1x2",
+    "avg_pool n1 c5 i6x7x8 f2x2x2",
+    "interpolate n1 c5 i4x5x6 s2x1x3",
+    "interpolate n1 c5 i4x5 s2x2 nearest",
 )
+
+
+@pytest.mark.parametrize("text", OPERATORS)
 def test_a_wrong_result_shows_as_error(text: str) -> None:
     p = Problem.parse(text)
     t = operators.tensors(p)
@@ -165,6 +168,12 @@ def test_spread_is_between_the_quartiles() -> None:
         (["--problem", "conv c7 k8 i8 f3 g2"], 1, "c7 and k8 must be multiples of g2"),
         (["--problem", "conv c0 i8 f3"], 1, "must be at least 1"),
         (["--problem", "relu c2 i8", "--passes", "weight_grad"], 1, "none of these problems has weight_grad"),
+        (
+            ["hot", "--peers", "torch,keras"],
+            2,
+            "keras unknown, expected of torch,compile,onnxruntime,openvino",
+        ),
+        (["network", "--dtype", "f16"], 2, "f16 unknown, expected of f32,bf16"),
         (["network", "--size", "64,64"], 1, "--size: nnunet3d takes 3 numbers, received 64,64"),
     ],
 )
@@ -179,14 +188,122 @@ def test_a_network_in_processes_that_take_turns(capsys: pytest.CaptureFixture[st
     words = ["network", "--model", "small", "--size", "16,16,16", "--rounds", "1"]
     assert run(*words, "--repeats", "1", "--json", str(tmp_path / "r.json")) == 0
     found = rows(tmp_path / "r.json")
-    assert [r["variant"] for r in found] == list(bench.network.VARIANTS)
+    assert [r["variant"] for r in found] == ["convoxel", "torch", "torch, memory kept"]
     for row in found:
-        assert min(row["forward_ms"], row["step_ms"]) > 0 and row["peak_mb"] > 50
-        assert row["difference"] < 1e-4
-    assert 0 < found[0]["difference"] and found[1]["difference"] == 0
+        assert min(row["forward_ms"], row["step_ms"], row["peak_fraction"]) > 0 and row["peak_mb"] > 50
+        assert row["forward_gain"] == pytest.approx(row["forward_ms"] / found[0]["forward_ms"])
+        assert row["step_gain"] == pytest.approx(row["step_ms"] / found[0]["step_ms"])
+    assert 0 < found[0]["difference"] < 1e-4 and found[1]["difference"] == 0
     assert capsys.readouterr().out.count("convoxel over torch") == 2
 
 
+def test_bfloat16_rounds_the_logits_of_both() -> None:
+    work = network.Work("small", (8, 8, 8), 1, 1, 2)
+    exact, *rounded = (
+        torch.tensor(network.measure(network.Variant(engine, dtype), False, work).logits)
+        for engine, dtype in (("torch", "f32"), ("torch", "bf16"), ("convoxel", "bf16"))
+    )
+    for logits in rounded:
+        assert 1e-4 < (logits - exact).norm() / exact.norm() < 0.1
+
+
+def test_variants_of_a_network() -> None:
+    names = [str(v) for v in network.variants(("torch", "openvino"), ("f32", "bf16"))]
+    assert names[:4] == ["convoxel", "torch", "torch, memory kept", "openvino"]
+    assert names[4:] == ["convoxel bf16", "torch bf16", "torch bf16, memory kept", "openvino bf16"]
+
+
 def test_an_error_of_a_process_is_the_parents() -> None:
+    work = network.Work("small", (15, 16, 16), 1, 1, 1)
     with pytest.raises(ValueError, match="divisible"):
-        process.in_process(bench.network.measure, "convoxel", True, 1, "small", (15, 16, 16), 1, 1)
+        process.in_process(network.measure, network.Variant("convoxel"), True, work)
+
+
+def test_flops_of_a_network() -> None:
+    work = network.Work("small", (8, 8, 8), 2, 1, 1)
+    first = 2 * 2 * 512 * 27 * (1 * 8 + 8 * 8)  # two images, two convolutions at full resolution
+    head = 2 * 2 * 512 * 8 * 3
+    assert first + head < network.forward_flops(work) < 8 * (first + head)
+    assert network.forward_flops(network.Work("small", (16, 16, 16), 2, 1, 1)) == 8 * network.forward_flops(
+        work
+    )
+
+
+def test_twins_change_the_kernels_and_nothing_else() -> None:
+    ours, theirs = (
+        networks.build("small", (8, 8, 8), 1, False)[0],
+        networks.build("small", (8, 8, 8), 1, True)[0],
+    )
+    assert {type(m).__module__ for m in ours.modules() if not list(m.children())} == {"convoxel.nn"}
+    for one, other in zip(networks.convoxel_twin(theirs).modules(), ours.modules(), strict=True):
+        assert type(one) is type(other)
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+# Other engines ------------------------------------------------------------------------------------
+
+INSTALLED = {name: find_spec(module) for name, module in peers.MODULES.items()}
+
+
+@pytest.mark.parametrize("text", OPERATORS)
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_an_engine_computes_what_the_problem_says(name: str, text: str) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip(name)
+    p = Problem.parse(text)
+    t = operators.tensors(p)
+    step = peers.LAYER_PEERS[name](p, t)["forward"]
+    reference = operators.exact(p, "forward", t)
+    for _ in range(2):
+        assert max(operators.errors(step(), reference)) < 3e-6
+
+
+@pytest.mark.parametrize("text", ["conv n1 c4 k3 i6x7 f3x3 p1x1", "leaky_relu n1 c3 i5x6"])
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compile_computes_what_the_problem_says(text: str) -> None:
+    p = Problem.parse(text)
+    t = operators.tensors(p)
+    found = peers.LAYER_PEERS["compile"](p, t)
+    assert set(found) == set(operators.passes(p))
+    for name, step in found.items():
+        for _ in range(2):
+            assert max(operators.errors(step(), operators.exact(p, name, t))) < 3e-6
+
+
+@pytest.mark.skipif(not INSTALLED["openvino"], reason="needs convoxel[bench]")
+def test_peers_beside_ours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--problem", "conv n1 c4 k4 i6x6 f3x3", "--peers", "onnxruntime,openvino", "--repeats", "2"]
+    assert run(*words, "--json", str(tmp_path / "r.json")) == 0
+    first, *others = rows(tmp_path / "r.json")
+    assert list(first["peers"]) == ["onnxruntime", "openvino"] and min(first["peers"].values()) > 0
+    assert max(first["peer_errors"].values()) < 1e-6
+    assert all(r["peers"] == {} for r in others)
+    assert capsys.readouterr().out.count("over openvino, forward") == 1
+
+
+@pytest.mark.skipif(not INSTALLED["openvino"], reason="needs convoxel[bench]")
+def test_an_engine_beside_a_network(tmp_path: Path) -> None:
+    words = ["network", "--model", "small", "--size", "8,8,8", "--rounds", "1", "--repeats", "1"]
+    assert run(*words, "--peers", "onnxruntime,openvino", "--json", str(tmp_path / "r.json")) == 0
+    for row in rows(tmp_path / "r.json")[3:]:
+        assert row["forward_ms"] > 0 and row["step_ms"] is None and row["difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("openvino", ["--problem", "relu n1 c1 i4", "--peers", "openvino"]),
+        ("onnxruntime", ["network", "--model", "small", "--peers", "torch,onnxruntime"]),
+        ("monai", ["network", "--model", "basicunet"]),
+    ],
+)
+def test_what_is_not_installed_names_the_extra(
+    module: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == module:
+            monkeypatch.setitem(sys.modules, name, None)  # which makes its import fail
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run(*words) == 1
+    assert 'pip install "convoxel[bench]"' in (message := capsys.readouterr().err) and module in message

@@ -14,6 +14,7 @@ from .arguments import add_machine, add_output, at_isa, measuring, words
 from .lists import LISTS
 from .measure import Row, Settings, measure
 from .operators import PASSES, passes
+from .peers import LAYER_PEERS, PEERS, check
 
 SUMMARY = "time lists of layers, or pasted problems, beside torch's"
 LAYOUTS: dict[str, tuple[bool, ...]] = {"last": (True,), "contiguous": (False,), "both": (False, True)}
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=runtime.PRECISIONS, help="of float32 convolutions (default: high)")
     add("--layout", choices=list(LAYOUTS),
         help="memory formats of ours (default: last, channels-last; both for the list around)")  # fmt: skip
+    add("--peers", type=words(PEERS), default=("torch",),
+        help="of " + ",".join(PEERS) + " (default: torch, which is always among them)")  # fmt: skip
     add_machine(parser, 5)
     add_output(parser)
 
@@ -53,16 +56,18 @@ def time_layers(args: argparse.Namespace) -> int:
     work = chosen(args)
     if not any(set(wanted) & set(passes(p)) for p, _ in work):
         raise ValueError(f"--passes: none of these problems has {', '.join(wanted)}")
+    check(args.peers, args.isa)
+    peers = {name: LAYER_PEERS[name] for name in args.peers if name != "torch"}
     with measuring(args.threads, args.precision):
         machine = results.machine()
         print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", sep="\n", flush=True)
-        print(header([]))
+        print(header(peers))
         rows = []
         for p, layouts in work:
-            settings = Settings(args.repeats, layouts)
+            settings = Settings(args.repeats, layouts, peers)
             for row in measure(p, [d for d in passes(p) if d in wanted], settings):
                 rows.append(row)
-                print(line(row, []), flush=True)
+                print(line(row, peers), flush=True)
         print(*summary(rows), sep="\n")
         results.write(args.json, results.Results("layers", machine, [asdict(r) for r in rows]))
     return 0

@@ -50,6 +50,7 @@ class Row:
     torch_max_error: float
     algorithm: str  # as convoxel.stats() names what served the call
     peers: dict[str, float] = field(default_factory=dict)  # ms
+    peer_errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,4 +145,5 @@ def measure(p: Problem, directions: Iterable[str], settings: Settings) -> Iterat
                 *torch_errors,
                 algorithm,
                 {peer: middle[peer] for peer in peers if peer in middle},
+                {peer: errors(calls[peer](), reference)[0] for peer in peers if peer in calls},
             )

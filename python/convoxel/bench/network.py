@@ -1,4 +1,4 @@
-"""`convoxel bench network`: a whole network's forward pass and training step, ours and torch's, in time and memory.
+"""`convoxel bench network`: a whole network's forward pass and training step, ours and others', in time and memory.
 
 Every variant runs in a process of its own, since what the allocator keeps is a setting of the process, and the
 processes take turns, A B C A B C:
@@ -6,6 +6,10 @@ processes take turns, A B C A B C:
     convoxel            as it is after `import convoxel`: outputs from its pool; channels-last, as it runs best
     torch               as users run it: eager, contiguous, the default allocator
     torch, memory kept  the same with freed memory kept (`memory.keep_freed`), the better of both memory formats
+    compile             torch.compile, otherwise as `torch`
+    onnxruntime, openvino   the forward pass, the network by way of ONNX
+
+In bfloat16 torch and ours run under autocast, OpenVINO at its own inference precision.
 """
 
 from __future__ import annotations
@@ -14,28 +18,45 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import memory, runtime
-from . import results
-from .arguments import add_machine, add_output, at_isa, at_least_one, sizes
+from . import peers, results
+from .arguments import add_machine, add_output, at_isa, at_least_one, sizes, words
+from .measure import spread
 from .networks import NETWORKS, build
 from .operators import CHANNELS_LAST
 from .process import in_process
 
 SUMMARY = "run whole networks beside torch's, in time and memory"
 
-# name: (torch's own layers, memory kept, memory formats of which the better one counts)
-VARIANTS = {
-    "convoxel": (False, False, (True,)),
-    "torch": (True, False, (False,)),
-    "torch, memory kept": (True, True, (False, True)),
-}
+
+@dataclass(frozen=True)
+class Variant:
+    """An engine in one dtype; with freed memory kept or not; memory formats of which the better one counts."""
+
+    engine: str
+    dtype: str = "f32"
+    kept: bool = False
+    layouts: tuple[bool, ...] = (False,)
+
+    def __str__(self) -> str:
+        return self.engine + (f" {self.dtype}" if self.dtype != "f32" else "") + ", memory kept" * self.kept
+
+
+def variants(engines: Sequence[str], dtypes: Sequence[str]) -> Iterator[Variant]:
+    """Ours first; torch both as users run it and with freed memory kept."""
+    for dtype in dtypes:
+        yield Variant("convoxel", dtype, layouts=(True,))
+        yield Variant("torch", dtype)
+        yield Variant("torch", dtype, True, (False, True))
+        yield from (Variant(engine, dtype) for engine in engines if engine != "torch")
 
 
 @dataclass
@@ -59,55 +80,110 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
-def measure(
-    variant: str, last: bool, threads: int, name: str, size: tuple[int, ...], batch: int, repeats: int
-) -> Turn:
+@dataclass(frozen=True)
+class Work:
+    """What every variant does: a network of `networks.NETWORKS` on images (N, 1, *size)."""
+
+    name: str
+    size: tuple[int, ...]
+    batch: int
+    repeats: int
+    threads: int
+
+
+def measure(variant: Variant, last: bool, work: Work) -> Turn:
     """One variant in one memory format, in this process."""
-    own, kept, _ = VARIANTS[variant]
-    torch.set_num_threads(threads)
+    torch.set_num_threads(work.threads)
     runtime.set_strict(True)
-    if kept:
+    if variant.kept:
         memory.keep_freed(True)
-    network, x, labels = build(name, size, batch, own)
-    if last:
-        layout = CHANNELS_LAST[len(size)]
-        cast(Any, network).to(memory_format=layout)
-        x = torch.empty_like(x, memory_format=layout).copy_(x)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True)
-    turn = Turn()
-
-    def forward() -> None:
-        with torch.no_grad():
-            turn.logits = network(x).flatten()[:: max(1, labels.numel() // 4096)].tolist()
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(network(x), labels).backward()
-        optimizer.step()
-
-    turn.forward = timed(forward, repeats)
-    turn.step = timed(step, repeats)
+    network, x, labels = build(work.name, work.size, work.batch, variant.engine != "convoxel")
+    turn, every = Turn(), max(1, labels.numel() // 4096)
+    if variant.engine in peers.ENGINES:
+        engine = peers.network_of(variant.engine, network, x, variant.dtype)
+        turn.forward = timed(engine, work.repeats)
+        turn.logits = engine().flatten()[::every].tolist()
+    else:
+        by_torch(turn, variant, last, network, x, labels, work.repeats, every)
     turn.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return turn
 
 
+def by_torch(
+    turn: Turn,
+    variant: Variant,
+    last: bool,
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    repeats: int,
+    every: int,
+) -> None:
+    """Forward pass and training step of a network that torch runs, with its own layers or ours."""
+    if last:
+        layout = CHANNELS_LAST[x.dim() - 2]
+        cast(Any, network).to(memory_format=layout)
+        x = torch.empty_like(x, memory_format=layout).copy_(x)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True)
+    function = torch.compile(network) if variant.engine == "compile" else network
+
+    def logits() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=variant.dtype == "bf16"):
+            return function(x)
+
+    def forward() -> None:
+        with torch.no_grad():
+            turn.logits = logits().flatten()[::every].tolist()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(logits().float(), labels).backward()
+        optimizer.step()
+
+    turn.forward = timed(forward, repeats)
+    turn.step = timed(step, repeats)
+
+
+def forward_flops(work: Work) -> int:
+    """Multiplications and additions of a forward pass, as torch counts them."""
+    network, x, _ = build(work.name, work.size, work.batch, True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.to("meta")(x.to("meta"))
+    return counter.get_total_flops()
+
+
 @dataclass
 class Row:
+    """Times are medians in ms, spreads between quartiles over the median; step: None for engines that do not train.
+    Gains say how many times faster ours is, in the same dtype; difference is that of the logits from torch's,
+    relative, in L2."""
+
     network: str
+    size: tuple[int, ...]
+    batch: int
     variant: str
+    engine: str
+    dtype: str
     forward_ms: float
-    step_ms: float
+    forward_spread: float
+    forward_gain: float
+    peak_fraction: float
+    step_ms: float | None
+    step_spread: float | None
+    step_gain: float | None
     peak_mb: float
-    difference: float  # relative, of the logits, from torch's
+    difference: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=list(NETWORKS), default="nnunet3d", help="(default: nnunet3d)")
-    parser.add_argument("--size", type=sizes, metavar="D,H,W", help="voxels of a patch")
-    parser.add_argument("--batch", type=at_least_one, help="images of a batch")
-    parser.add_argument(
-        "--rounds", type=at_least_one, default=2, help="processes of each variant (default: 2)"
-    )
+    add = parser.add_argument
+    add("--model", choices=list(NETWORKS), default="nnunet3d", help="(default: nnunet3d)")
+    add("--size", type=sizes, metavar="D,H,W", help="voxels of a patch")
+    add("--batch", type=at_least_one, help="images of a batch")
+    add("--rounds", type=at_least_one, default=2, help="processes of each variant (default: 2)")
+    add("--dtype", type=words(("f32", "bf16")), default=("f32",), help="f32 (default), bf16, or f32,bf16")
+    add("--peers", type=words(peers.PEERS), default=("torch",),
+        help="of " + ",".join(peers.PEERS) + " (default: torch, which is always among them)")  # fmt: skip
     add_machine(parser, 3)
     add_output(parser)
 
@@ -118,40 +194,79 @@ def run(args: argparse.Namespace) -> int:
 
 def run_network(args: argparse.Namespace) -> int:
     """Measures and prints a network."""
-    name, rounds, repeats = args.model, args.rounds, args.repeats
-    spec, threads = NETWORKS[name], args.threads or torch.get_num_threads()
+    peers.check(args.peers, args.isa)
+    if "onnxruntime" in args.peers and "bf16" in args.dtype:
+        raise ValueError(peers.NO_BFLOAT16)
+    spec = NETWORKS[args.model]
     size, batch = args.size or spec.patch, args.batch or spec.batch
     if len(size) != len(spec.patch):
         received = ",".join(map(str, size))
-        raise ValueError(f"--size: {name} takes {len(spec.patch)} numbers, received {received}")
-    machine = results.machine()
+        raise ValueError(f"--size: {args.model} takes {len(spec.patch)} numbers, received {received}")
+    work = Work(args.model, size, batch, args.repeats, args.threads or torch.get_num_threads())
+    flops, machine = forward_flops(work), results.machine()
     print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", sep="\n")
-    print(f"{name}: images {(batch, 1, *size)}, float32; {rounds} x {repeats} calls each", flush=True)
-    turns: dict[tuple[str, bool], list[Turn]] = {}
-    for _ in range(rounds):
-        for variant, (_, _, layouts) in VARIANTS.items():
-            for last in layouts:
-                turn = in_process(measure, variant, last, threads, name, size, batch, repeats)
-                turns.setdefault((variant, last), []).append(turn)
-    reference = torch.tensor(turns["torch", False][0].logits, dtype=torch.float64)
-    print(f"{'':<20} {'forward ms':>11} {'step ms':>9} {'peak MB':>8} {'difference':>11}")
-    rows = []
-    for variant, (_, _, layouts) in VARIANTS.items():
-        found = [turns[variant, last] for last in layouts]
-        forward, step = (
-            min(statistics.median(ms for t in ts for ms in getattr(t, what)) for ts in found)
-            for what in ("forward", "step")
-        )
-        logits = torch.tensor(found[0][0].logits, dtype=torch.float64)
-        difference = ((logits - reference).norm() / reference.norm()).item()
-        row = Row(name, variant, forward, step, min(t.peak_mb for ts in found for t in ts), difference)
-        rows.append(row)
-        print(f"{variant:<20} {forward:11.0f} {step:9.0f} {row.peak_mb:8.0f} {difference:11.1e}")
-    ours = rows[0]
-    for row in rows[1:]:
-        print(
-            f"convoxel over {row.variant}: forward {row.forward_ms / ours.forward_ms:.2f}x, training step "
-            f"{row.step_ms / ours.step_ms:.2f}x, {ours.peak_mb / row.peak_mb:.2f} of the memory"
-        )
+    print(f"{work.name}: images {(batch, 1, *size)}, {flops / 1e9:.1f} GFLOP forward; "
+          f"{args.rounds} x {args.repeats} calls each", flush=True)  # fmt: skip
+    turns: dict[tuple[Variant, bool], list[Turn]] = {}
+    for _ in range(args.rounds):
+        for variant in variants(args.peers, args.dtype):
+            for last in variant.layouts:
+                turns.setdefault((variant, last), []).append(in_process(measure, variant, last, work))
+    rows = list(summarise(work, flops / 1e6 / machine["FMA peak, GFLOP/s"], turns))
+    show(rows)
     results.write(args.json, results.Results("network", machine, [asdict(row) for row in rows]))
     return 0
+
+
+def summarise(work: Work, peak_ms: float, turns: dict[tuple[Variant, bool], list[Turn]]) -> Iterator[Row]:
+    """A row for each variant, its memory formats' better one; peak_ms: the forward pass at the FMA peak."""
+    reference = next(t for (variant, _), t in turns.items() if variant.engine == "torch")[0].logits
+    exact = torch.tensor(reference, dtype=torch.float64)
+    ours: dict[str, dict[str, float]] = {}
+    for variant in dict.fromkeys(v for v, _ in turns):
+        found = [turns[variant, last] for last in variant.layouts]
+        times = {
+            what: min(([ms for t in ts for ms in getattr(t, what)] for ts in found), key=middle)
+            for what in ("forward", "step")
+        }
+        ms = {what: middle(values) for what, values in times.items()}
+        mine = ours.setdefault(variant.dtype, ms)
+        off = torch.tensor(found[0][0].logits, dtype=torch.float64) - exact
+        trains = bool(times["step"])
+        yield Row(
+            work.name,
+            work.size,
+            work.batch,
+            str(variant),
+            variant.engine,
+            variant.dtype,
+            ms["forward"],
+            spread(times["forward"]),
+            ms["forward"] / mine["forward"],
+            peak_ms / ms["forward"],
+            ms["step"] if trains else None,
+            spread(times["step"]) if trains else None,
+            ms["step"] / mine["step"] if trains else None,
+            min(t.peak_mb for ts in found for t in ts),
+            (off.norm() / exact.norm()).item(),
+        )
+
+
+def middle(times: Sequence[float]) -> float:
+    """The median; nan of none."""
+    return statistics.median(times) if times else float("nan")
+
+
+def show(rows: list[Row]) -> None:
+    print(f"{'':<26} {'forward ms':>10} {'gain':>6} {'peak':>5} {'step ms':>9} {'gain':>6} {'peak MB':>8} "
+          f"{'difference':>10}")  # fmt: skip
+    for r in rows:
+        step = f"{'-':>9} {'-':>6}" if r.step_ms is None else f"{r.step_ms:9.0f} {r.step_gain:5.2f}x"
+        print(f"{r.variant:<26} {r.forward_ms:10.0f} {r.forward_gain:5.2f}x {r.peak_fraction:5.2f} {step} "
+              f"{r.peak_mb:8.0f} {r.difference:10.1e}")  # fmt: skip
+    for dtype in dict.fromkeys(r.dtype for r in rows):
+        ours, *others = (r for r in rows if r.dtype == dtype)
+        for r in others:
+            step = "" if r.step_gain is None else f", training step {r.step_gain:.2f}x"
+            print(f"{ours.variant} over {r.variant}: forward {r.forward_gain:.2f}x{step}, "
+                  f"{ours.peak_mb / r.peak_mb:.2f} of the memory")  # fmt: skip

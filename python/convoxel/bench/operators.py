@@ -91,19 +91,21 @@ def call(module: Any, p: Problem, x: Tensor, w: Tensor | None, b: Tensor | None)
     return getattr(module, p.op)(x)  # relu, leaky_relu
 
 
-def steps(module: Any, p: Problem, t: Tensors) -> dict[str, Step]:
-    """A call for each pass of the problem."""
+def steps(module: Any, p: Problem, t: Tensors, function: Callable[..., Tensor] = call) -> dict[str, Step]:
+    """A call for each pass of the problem; `function` does what `call` does."""
 
     def forward() -> Results:
         with torch.no_grad():
-            return (call(module, p, t.x, t.w, t.b),)
+            return (function(module, p, t.x, t.w, t.b),)
 
     def gradient(*names: str) -> Step:
-        leaves = {
-            name: None if v is None else v.detach() for name, v in zip("xwb", (t.x, t.w, t.b), strict=True)
-        }
-        wanted = [v.requires_grad_() for name in names if (v := leaves[name]) is not None]
-        y = call(module, p, **leaves)  # type: ignore[arg-type]
+        leaves = [None if v is None else v.detach() for v in (t.x, t.w, t.b)]
+        wanted = [
+            v.requires_grad_()
+            for name, v in zip("xwb", leaves, strict=True)
+            if v is not None and name in names
+        ]
+        y = function(module, p, *leaves)
         return lambda: torch.autograd.grad(y, wanted, t.dy, retain_graph=True)
 
     if p.convolves:
