@@ -9,9 +9,15 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from . import layers, network
+from . import accuracy, compare, layers, network, scaling
 
-WORKS: dict[str, Any] = {"layers": layers, "network": network}
+WORKS: dict[str, Any] = {
+    "layers": layers,
+    "network": network,
+    "accuracy": accuracy,
+    "scaling": scaling,
+    "compare": compare,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser, parents: Sequence[argparse.ArgumentParser] = ()) -> None:

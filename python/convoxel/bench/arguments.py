@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import memory, runtime
+from . import plot, results
 from .process import TORCH_CAPS, environment, in_process
 
 
@@ -50,6 +51,13 @@ def file(text: str) -> Path:
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=file, metavar="FILE", help="also write the results as JSON")
+    parser.add_argument("--plot", type=file, metavar="FILE", help="also draw them (.png, .svg, .pdf)")
+
+
+def finish(args: argparse.Namespace, found: results.Results) -> None:
+    """Writes and draws what was asked for."""
+    results.write(args.json, found)
+    plot.draw(args.plot, found)
 
 
 def add_machine(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -64,9 +72,11 @@ def add_machine(parser: argparse.ArgumentParser, repeats: int) -> None:
     )
 
 
-def at_isa(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """`run(args)`; at an --isa in a fresh process, since torch reads its cap when it is imported."""
-    if args.isa is None:
+def start(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """`run(args)`; at an --isa in a fresh process, since torch reads its cap when it is imported. Refuses now what
+    could only fail after the measurements."""
+    plot.check(args.plot)
+    if getattr(args, "isa", None) is None:
         return run(args)
     if args.isa not in runtime.isas():
         raise ValueError(f"--isa: this machine has {', '.join(runtime.isas())}, received {args.isa}")

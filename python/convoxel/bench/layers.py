@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from .. import runtime
 from ..geometry import Problem
 from . import results
-from .arguments import add_machine, add_output, at_isa, measuring, words
+from .arguments import add_machine, add_output, finish, measuring, start, words
 from .lists import LISTS
 from .measure import Row, Settings, measure
 from .operators import PASSES, passes
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return at_isa(time_layers, args)
+    return start(time_layers, args)
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[Problem, tuple[bool, ...]]]:
@@ -69,7 +69,7 @@ def time_layers(args: argparse.Namespace) -> int:
                 rows.append(row)
                 print(line(row, peers), flush=True)
         print(*summary(rows), sep="\n")
-        results.write(args.json, results.Results("layers", machine, [asdict(r) for r in rows]))
+        finish(args, results.Results("layers", machine, [asdict(r) for r in rows]))
     return 0
 
 

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import memory, runtime
 from . import peers, results
-from .arguments import add_machine, add_output, at_isa, at_least_one, sizes, words
+from .arguments import add_machine, add_output, at_least_one, finish, sizes, start, words
 from .measure import spread
 from .networks import NETWORKS, build
 from .operators import CHANNELS_LAST
@@ -189,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return at_isa(run_network, args)
+    return start(run_network, args)
 
 
 def run_network(args: argparse.Namespace) -> int:
@@ -214,7 +214,7 @@ def run_network(args: argparse.Namespace) -> int:
                 turns.setdefault((variant, last), []).append(in_process(measure, variant, last, work))
     rows = list(summarise(work, flops / 1e6 / machine["FMA peak, GFLOP/s"], turns))
     show(rows)
-    results.write(args.json, results.Results("network", machine, [asdict(row) for row in rows]))
+    finish(args, results.Results("network", machine, [asdict(row) for row in rows]))
     return 0
 
 

@@ -50,6 +50,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def line(found: Results) -> str:
+    """Machine, versions and date of results in one line."""
+    keys = ("processor", "threads", "ISA", "torch", "convoxel", "build", "date")
+    return ", ".join(f"{key} {found.machine.get(key, '?')}" for key in keys)
+
+
 def same_machine(a: Results, b: Results) -> bool:
     """Whether milliseconds of the one may be compared with those of the other."""
     return all(a.machine.get(key) == b.machine.get(key) for key in ("processor", "threads"))
