@@ -15,6 +15,7 @@ import torch.nn.functional as T
 from convoxel import bench, cli, runtime
 from convoxel.bench import lists, measure, network, networks, operators, peers, process
 from convoxel.geometry import NORMS, Problem
+from convoxel.ops import route
 
 
 def run(*words: str) -> int:
@@ -53,7 +54,7 @@ def test_layers_with_limits_and_errors(capsys: pytest.CaptureFixture[str], tmp_p
         assert 0 < row["copy_fraction"] and (row["peak_fraction"] > 0) == p.convolves
         assert row["error"] < 1e-5 and row["torch_error"] < 1e-6
         assert row["error"] <= row["max_error"] < 1e-4
-        assert row["algorithm"].split()[0] in ("direct", "winograd", "depthwise")
+        assert row["algorithm"].split()[0] in route.ALGORITHMS
     assert re.search(r"FMA peak, GFLOP/s +\d+", out) and re.search(r"copy, GB/s +\d+", out)
     assert out.count("geometric mean") == 4
     assert not runtime.is_strict()
