@@ -5,6 +5,7 @@
 
 #include <array>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,15 @@ ConvGeometry geometry(const ConvNumbers& n) {
   return g;
 }
 
+// The one that the algorithm has for this dtype on this ISA.
+template <class F>
+F kernel(F function) {
+  if (!function)
+    throw std::invalid_argument(std::string("conv: the ISA ") + active_isa().isa +
+                                " has no such algorithm for this dtype: call again with the route of this ISA");
+  return function;
+}
+
 // One Python function a kernel, and one for the scratch that it wants.
 void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const ConvGeometry&, int),
                ConvScratch (*scratch)(const ConvGeometry&, int)) {
@@ -41,27 +51,28 @@ void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const 
                  int threads) {
         auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
         ConvGeometry g = geometry(numbers);
-        function(g, dtype)({g, at(x), at(w), at(b), at(y), at(scratch), threads});
+        kernel(function(g, dtype))({g, at(x), at(w), at(b), at(y), at(scratch), threads});
       },
       py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"), py::arg("scratch"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def((std::string(name) + "_scratch").c_str(),
         [scratch](int dtype, const ConvNumbers& numbers, int threads) {
           ConvGeometry g = geometry(numbers);
-          return scratch(g, dtype)(g, threads);
+          return kernel(scratch(g, dtype))(g, threads);
         },
         py::arg("dtype"), py::arg("geometry"), py::arg("threads"));
 }
 
 const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  const ConvCorrelate* of[] = {k.conv_direct, k.conv_winograd, k.conv_depthwise, k.conv_columns};
+  const ConvCorrelate* of[] = {k.conv_direct, k.conv_winograd, k.conv_depthwise, k.conv_columns, k.conv_amx};
   return of[g.algorithm][dtype];
 }
 
 const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight, k.conv_columns_weight};
+  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight, k.conv_columns_weight,
+                            k.conv_amx_weight};
   return of[g.algorithm][dtype];
 }
 

@@ -12,7 +12,7 @@ struct ConvAxis {
   int64_t in, out, kernel, stride, padding, dilation;
 };
 
-enum ConvAlgorithm : int { kDirect = 0, kWinograd = 1, kDepthwise = 2, kColumns = 3 };  // ops/route.py numbers them too
+enum ConvAlgorithm : int { kDirect = 0, kWinograd = 1, kDepthwise = 2, kColumns = 3, kAmx = 4 };  // as ops/route.py
 
 // x [N, C, D, H, W], w [K, C / groups, KD, KH, KW], y [N, K, OD, OH, OW].
 struct ConvGeometry {

@@ -1,6 +1,14 @@
 // Compiled without special flags: this file runs on every CPU and decides what else may run.
 #include "isa.h"
 
+#ifdef CONVOXEL_HAS_amx
+#include <cpuid.h>
+#endif
+#if defined(CONVOXEL_HAS_amx) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -25,6 +33,26 @@ namespace avx512bf16 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef CONVOXEL_HAS_amx
+namespace amx {
+extern const Kernels kernels;
+}
+
+// The CPU multiplies tiles of bfloat16, and the system keeps tile registers across its switches of tasks: Linux
+// hands out their state on demand, once for all threads of the process, those that run already included.
+static bool tiles_granted() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBf16) == 0) return false;
+  constexpr long kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> available_isas() {
   std::vector<const Kernels*> isas = {&baseline::kernels};
@@ -38,7 +66,11 @@ std::vector<const Kernels*> available_isas() {
                 __builtin_cpu_supports("fma");
   if (avx512) isas.push_back(&avx512::kernels);
 #ifdef CONVOXEL_HAS_avx512bf16
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back(&avx512bf16::kernels);
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16) isas.push_back(&avx512bf16::kernels);
+#ifdef CONVOXEL_HAS_amx
+  if (bf16 && tiles_granted()) isas.push_back(&amx::kernels);
+#endif
 #endif
 #endif
   return isas;

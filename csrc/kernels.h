@@ -139,10 +139,12 @@ struct Kernels {
   const ConvCorrelate* conv_winograd;
   const ConvCorrelate* conv_depthwise;
   const ConvCorrelate* conv_columns;
+  const ConvCorrelate* conv_amx;       // bfloat16 on the ISA amx alone: elsewhere its functions are nullptr
   const ConvKernel* conv_weight_grad;  // w = H(x, y)
   const ConvKernel* conv_winograd_weight;
   const ConvKernel* conv_depthwise_weight;
   const ConvKernel* conv_columns_weight;
+  const ConvKernel* conv_amx_weight;
   const ConvKernel* conv_bias_grad;  // b = y summed over all but K
   const Norm* norm;
   const Activation* activation;

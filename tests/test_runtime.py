@@ -105,7 +105,7 @@ def test_algorithm_is_taken_from_its_setter() -> None:
 
 def test_isas_are_listed_weakest_first_and_can_be_chosen() -> None:
     names = convoxel.isas()
-    known = ["baseline", "avx2", "avx512", "avx512bf16"]
+    known = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
     assert names[0] == "baseline" and names == [n for n in known if n in names]
     for name in names:
         convoxel.set_isa(name)

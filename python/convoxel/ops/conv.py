@@ -121,7 +121,12 @@ def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | N
     """One kernel over tensors that are dense in the layouts that the geometry states."""
     dtype, threads = runtime.DTYPES[x.dtype], runtime.threads()
     chosen = route.choose(
-        op, tuple(geometry), x.dtype, runtime.get_float32_conv_precision(), runtime.get_conv_algorithm()
+        op,
+        tuple(geometry),
+        x.dtype,
+        runtime.get_float32_conv_precision(),
+        runtime.get_conv_algorithm(),
+        runtime.isa(),
     )
     geometry = [*geometry[:-4], *chosen.numbers]
     memory = scratch(getattr(_C, op + "_scratch")(dtype, geometry, threads))

@@ -5,9 +5,11 @@
               need 6 or 4 products instead of 12 or 6; relative error 1e-6 to 4e-6; forward and both gradients
     columns   few voxels and many channels: the definition, as a product of matrices that reads the weights in place;
               keeps `highest`
+    amx       bfloat16 on the ISA amx, without groups: the definition, by tiles of 16 positions and 32 channels; exact
+              products, summed in float32
     depthwise one input channel a group: the definition, with vectors of channels or of voxels; keeps `highest`
 
-Of the first three that are possible, the lowest estimate of cycles decides. Its constants were measured on one core of
+Of the first four that are possible, the lowest estimate of cycles decides. Its constants were measured on one core of
 an Intel Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
 """
 
@@ -24,7 +26,7 @@ Tile = tuple[int, int, int]
 LANES = 16
 COLUMNS = 2**31  # the places that an index of columns has, and more than they are ever good for
 MULTIPLIER = 4  # outputs of a channel that depthwise kernels take
-ALGORITHMS = ("direct", "winograd", "depthwise", "columns")  # as csrc/geometry.h numbers them
+ALGORITHMS = ("direct", "winograd", "depthwise", "columns", "amx")  # as csrc/geometry.h numbers them
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,28 @@ def columns_cycles(work: Work) -> float:
     return work.groups * (ceil(pixels / LANES) * rows * (work.k / 2 / 0.8 + 20) + rows * work.k / LANES * 10)
 
 
+def amx_cycles(work: Work) -> float:
+    """16 cycles for 16 positions, 32 channels and 16 output channels, of which 0.6 is reached; some for moving a line
+    of x and of y; weights are packed, and come from far."""
+    pixels, blocks = work.images * prod(work.out), ceil(work.c / 32)
+    products = prod(work.taps) * blocks * work.k_vectors
+    return pixels * (products / 0.6 + 12 * blocks + 6 * work.k_vectors) + products * 250
+
+
+def amx_declined(groups: int, dtype: torch.dtype, algorithm: str, isa: str) -> str:
+    """Why tiles are out of the question, or nothing."""
+    if algorithm not in ("auto", "amx"):
+        return f"algorithm {algorithm} is set"
+    if dtype != torch.bfloat16 or isa != "amx":
+        return "amx is for bfloat16 on the ISA amx"
+    return "amx takes no groups" if groups > 1 else ""
+
+
 @lru_cache(maxsize=4096)
-def choose(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str) -> Route:
-    """geometry: as `ops.conv.numbers` gives it; precision, algorithm: in the words of `runtime`."""
+def choose(
+    op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str, isa: str = ""
+) -> Route:
+    """geometry: as `ops.conv.numbers` gives it; precision, algorithm, isa: in the words of `runtime`."""
     images, c, k, groups = geometry[:4]
     axes = [geometry[4 + 6 * a : 10 + 6 * a] for a in range(3)]
     if op == "conv_bias_grad":
@@ -150,5 +171,11 @@ def choose(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: st
             (winograd_cycles(at, tile, gradient), Route("winograd", tile, f"tile {'x'.join(map(str, tile))}"))
             for tile in tiles(taps)
         ]
+    no_amx = amx_declined(groups, dtype, algorithm, isa)
+    if not no_amx:
+        routes.append((amx_cycles(work), Route("amx", DIRECT.tile, "tiles of bfloat16")))
     wanted = [r for r in routes if r[1].algorithm == algorithm]
-    return min(wanted or routes, key=lambda r: r[0])[1]
+    best = min(wanted or routes, key=lambda r: r[0])[1]
+    if dtype != torch.bfloat16 or best.algorithm == "amx":
+        return best
+    return replace(best, why=f"{best.why}; {no_amx or 'amx is not faster here'}")

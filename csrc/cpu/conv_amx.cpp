@@ -1,0 +1,403 @@
+// Convolution F(x, w) and input gradient G(dy, w) of bfloat16 by tiles (AMX), as phases of correlations like
+// conv_direct.cpp:  out[o] = sum_t w[t] in[o * step + t * tap + start].
+//
+// An item of work is (image, piece of D, tile of H and W, some pairs of blocks of output channels). It goes along D
+// in slabs: the window of x is packed, what it shares with the one before is kept; then for every 32 output channels
+// and every 32 positions all taps and input channels are summed up in four tiles: 4 products for 4 loads. The
+// weights of 32 output channels (54 KB at 32 input channels, 540 KB at 320) stream from L2: measured 0.83 of the
+// peak at 32 channels on a Sapphire Rapids, and no faster in passes whose weights stay in L1.
+#include "conv_amx.h"
+
+#include "tables.h"
+
+namespace convoxel {
+namespace {
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kWindowBytes = 1024 * 1024;       // half of L2
+constexpr int64_t kSpaceItems = 32;                 // cut space at least this fine, output channels half as fine
+constexpr int64_t kStreamBytes = 32 * 1024 * 1024;  // outputs beyond it are not kept in caches
+constexpr int64_t kFewProducts = 1 << 24;           // 30 us on one core: below it no team
+
+struct Plan {
+  bool transposed;  // G
+  int64_t N, C, K, blocks, pairs, taps;
+  Axis axis[kAxes];
+  bool by_taps[kAxes], flat;  // flat: positions of a tile run on over the ends of rows along W
+  int64_t tiles[kAxes], slabs_per_item, pieces, pairs_per_item, chunks, items;
+  int64_t window, lines, steps, index[kAxes];  // elements of scratch
+};
+
+inline int64_t window_positions(const Plan& p) {
+  int64_t n = p.blocks;
+  for (int a = 0; a < kAxes; ++a) n *= packed_extent(p.axis[a], p.axis[a].tile, p.by_taps[a]);
+  return n;
+}
+
+// Which way the positions of a slice make the fewest tiles of 16.
+inline void choose_layout(Plan& p) {
+  const Axis &h = p.axis[kH], &w = p.axis[kW];
+  int64_t nh = h.count, nw = w.count;
+  int64_t rows = nh * ceil_div(nw, kRows), taps = ceil_div(nh * nw, kRows), flat = rows + 1;
+  if (h.in_step == 1 && w.in_step == 1) flat = ceil_div((nh - 1) * extent(w, nw) + nw, kRows);
+  p.flat = flat < rows;
+  if (10 * min(rows, flat) > 12 * taps) {  // rows packed tap by tap cost time, too
+    p.flat = true;
+    p.by_taps[kW] = w.kernel > 1 || w.in_step > 1;
+    p.by_taps[kH] = h.in_step > 1;
+  }
+}
+
+inline bool fits(const Plan& p) { return window_positions(p) * kChannels * int64_t(sizeof(bfloat16)) <= kWindowBytes; }
+
+// Rows along W whole where they fit, then several along H, whose halo is packed twice, then slices of a slab.
+inline void choose_tiles(Plan& p) {
+  Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
+  d->tile = h->tile = 1, w->tile = w->count;
+  while (!fits(p) && w->tile > kRows) w->tile = round_up(ceil_div(w->tile, 2), kRows);
+  for (bool grown = true; grown;) {
+    grown = false;
+    for (Axis* a : {h, d}) {
+      bool high = h->tile >= 4 * d->tile;  // a slab gets its depth for the cost of a copy
+      if (a->tile == a->count || (a == h && high && d->tile < d->count) || (a == d && !high && h->tile < h->count))
+        continue;
+      ++a->tile;
+      if (fits(p)) grown = true;
+      else --a->tile;
+    }
+  }
+  for (Axis* a : {h, d}) a->tile = ceil_div(a->count, ceil_div(a->count, a->tile));
+}
+
+inline void count_items(Plan& p) {
+  for (int a = 0; a < kAxes; ++a) p.tiles[a] = ceil_div(p.axis[a].count, p.axis[a].tile);
+  p.pieces = ceil_div(p.tiles[kD], p.slabs_per_item), p.chunks = ceil_div(p.pairs, p.pairs_per_item);
+  p.items = p.N * p.pieces * p.tiles[kH] * p.tiles[kW] * p.chunks;
+}
+
+inline Plan make_plan(const ConvGeometry& g, bool transposed) {
+  Plan p{};
+  p.transposed = transposed, p.N = g.N, p.taps = 1;
+  p.C = transposed ? g.K : g.C, p.K = transposed ? g.C : g.K;
+  p.blocks = ceil_div(p.C, kChannels), p.pairs = ceil_div(p.K, kOutputs);
+  for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
+  choose_layout(p);
+  choose_tiles(p);
+  p.slabs_per_item = ceil_div(p.axis[kD].count, p.axis[kD].tile), p.pairs_per_item = p.pairs;
+  count_items(p);
+  while (p.items < kSpaceItems && p.slabs_per_item > 1)
+    p.slabs_per_item = ceil_div(p.slabs_per_item, 2), count_items(p);
+  while (p.items < kSpaceItems / 2 && p.pairs_per_item > 1)
+    p.pairs_per_item = ceil_div(p.pairs_per_item, 2), count_items(p);
+  for (int a : {kH, kD})
+    while (p.items < kSpaceItems / 2 && p.axis[a].tile > 8)
+      p.axis[a].tile = ceil_div(p.axis[a].tile, 2), count_items(p);
+  for (int a = 0; a < kAxes; ++a) p.index[a] = packed_extent(p.axis[a], p.axis[a].tile, p.by_taps[a]);
+  int64_t beyond = kRows * p.axis[kW].in_step * p.axis[kH].in_step;  // what the last tile loads and nobody uses
+  p.window = (window_positions(p) + beyond) * kChannels;
+  p.lines = round_up(p.axis[kW].in, kRows) * kChannels;
+  p.steps = p.blocks * p.taps;
+  return p;
+}
+
+// Weights: [pair of blocks of k][block of c][tap][block of k][pair of c][k][c of the pair], taps flipped for G ---
+
+// columns[j][16] = the elements j < n of `rows` rows, `step` apart.
+inline void gather_columns(const bfloat16* src, int64_t step, int64_t rows, int64_t n, uint16_t* columns) {
+  for (int64_t j = 0; j < n; j += 32, columns += 32 * kRows) {
+    __mmask32 some = first_lanes(n - j);
+    Words r[kRows];
+    for (int64_t i = 0; i < kRows; ++i)
+      r[i] = i < rows ? (Words)_mm512_maskz_loadu_epi16(some, src + i * step + j) : Words{};
+    transpose_block<float>(r);
+    for (int i = 0; i < kRows && j + 2 * i < n; ++i) {
+      VecU16 even = __builtin_convertvector((VecU32)r[i], VecU16),
+             odd = __builtin_convertvector((VecU32)r[i] >> 16, VecU16);
+      __builtin_memcpy(columns + 2 * i * kRows, &even, sizeof even);
+      __builtin_memcpy(columns + (2 * i + 1) * kRows, &odd, sizeof odd);
+    }
+  }
+}
+
+inline int64_t column_elements(const Plan& p) { return kChannels * round_up(p.taps, 32) * kRows; }
+
+inline void pack_weights(const Plan& p, const bfloat16* w, bfloat16* panel, uint16_t* columns, int64_t per_thread,
+                         int threads) {
+  int64_t k_step = (p.transposed ? 1 : p.C) * p.taps, c_step = (p.transposed ? p.K : 1) * p.taps;
+  parallel_for(threads, p.pairs * p.blocks, [&](int64_t item, int thread) {
+    uint16_t* mine = columns + thread * per_thread;
+    int64_t k0 = item / p.blocks * kOutputs, c0 = item % p.blocks * kChannels, channels = min(kChannels, p.C - c0);
+    bfloat16* to = panel + item * p.taps * kStepWeights;
+    for (int64_t k = k0; k < k0 + kOutputs; k += kRows, to += kRows * kChannels) {
+      const bfloat16* from = w + k * k_step + c0 * c_step;
+      int64_t rows = min(kRows, p.K - k), column = p.taps * kRows;
+      if (!p.transposed) gather_columns(from, k_step, rows, channels * p.taps, mine);
+      else {
+        column = round_up(p.taps, 32) * kRows;
+        for (int64_t c = 0; c < channels; ++c)
+          gather_columns(from + c * c_step, k_step, rows, p.taps, mine + c * column);
+      }
+      for (int64_t c = 0; c < kChannels; c += 2)
+        for (int64_t t = 0; t < p.taps; ++t) {
+          auto column_of = [&](int64_t at) {
+            VecU16 v{};
+            if (at < channels) __builtin_memcpy(&v, mine + at * column + t * kRows, sizeof v);
+            return v;
+          };
+          int64_t tap = p.transposed ? p.taps - 1 - t : t;
+          Words pairs = interleave(column_of(c), column_of(c + 1));
+          __builtin_memcpy(to + tap * kStepWeights + c * kRows, &pairs, sizeof pairs);
+        }
+    }
+  });
+}
+
+// One item ------------------------------------------------------------------------------------------
+
+struct Item {
+  const Plan* p;
+  PackedAxis packed[kAxes];
+  TileAxis tile[kAxes];
+  Window steps;
+  const bfloat16* window;
+  Step* sum;
+  float* sums;  // [2][32 positions, 32]
+};
+
+// How the positions of one phase's slab are cut into tiles: 16 each of `slice` positions, `pitch` of them a row.
+struct Positions {
+  int64_t n[kAxes], pitch, per_slice;
+  int64_t d, h, w;  // steps of the window
+  const bfloat16* x;
+
+  const bfloat16* tile(int64_t i) const {
+    int64_t at = i % per_slice * kRows;
+    return x + (i / per_slice * d + at / pitch * h + at % pitch * w) * kChannels;
+  }
+};
+
+inline Positions place_positions(const Item& it, const Phase* f) {
+  const Plan& p = *it.p;
+  Positions s{};
+  int64_t start[kAxes];
+  for (int a = 0; a < kAxes; ++a) {
+    s.n[a] = positions(p.axis[a], it.tile[a], f[a]);
+    start[a] = origin(p.axis[a], it.tile[a], f[a]);
+  }
+  s.d = it.tile[kD].out_step * it.steps.slice, s.h = it.tile[kH].out_step * it.steps.row, s.w = it.tile[kW].out_step;
+  s.pitch = p.flat ? it.steps.w : round_up(s.n[kW], kRows);
+  s.per_slice = ceil_div(p.flat ? (s.n[kH] - 1) * s.pitch + s.n[kW] : s.n[kH] * s.pitch, kRows);
+  int64_t w = p.by_taps[kW] ? f[kW].w_first * it.steps.copy : start[kW];
+  s.x = it.window + (start[kD] * it.steps.slice + start[kH] * it.steps.row + w) * kChannels;
+  return s;
+}
+
+// The steps of the sum: all blocks of channels, all taps of the phase.
+inline int64_t list_steps(const Item& it, const Phase* f) {
+  const Plan& p = *it.p;
+  int64_t x_tap[kAxes], w_tap[kAxes], w_first = 0, n = 0;
+  x_tap[kD] = it.tile[kD].tap_step * it.steps.slice, x_tap[kH] = it.tile[kH].tap_step * it.steps.row;
+  x_tap[kW] = p.by_taps[kW] ? p.axis[kW].w_tap * it.steps.copy : it.tile[kW].tap_step;
+  for (int64_t a = kW, step = 1; a >= kD; step *= p.axis[a--].kernel)
+    w_tap[a] = p.axis[a].w_tap * step, w_first += f[a].w_first * step;
+  for (int64_t b = 0; b < p.blocks; ++b)
+    for (int64_t d = 0; d < f[kD].taps; ++d)
+      for (int64_t h = 0; h < f[kH].taps; ++h)
+        for (int64_t w = 0; w < f[kW].taps; ++w) {
+          int64_t x = b * it.steps.block + d * x_tap[kD] + h * x_tap[kH] + w * x_tap[kW];
+          int64_t tap = b * p.taps + w_first + d * w_tap[kD] + h * w_tap[kH] + w * w_tap[kW];
+          it.sum[n++] = {x * kChannels * int64_t(sizeof(bfloat16)), tap * kStepWeights * int64_t(sizeof(bfloat16))};
+        }
+  return n;
+}
+
+// Where the sums go: y of this image, from the first of the output channels and the phase's first position on.
+struct Output {
+  bfloat16* data;
+  int64_t axis[kAxes], c;  // steps
+  int64_t channels;        // of 32
+  bool stream;             // whole lines, past the caches
+};
+
+// Up to 32 positions whose sums wait to be stored, a few at every step of the next sum: their conversion and the wait
+// for the tiles then cost nothing (measured: 16 % of the time).
+struct Pending {
+  const float *sums, *bias;
+  bfloat16* to[2 * kRows];  // channels-last, or nullptr: nobody's
+  const Output* y;
+
+  void store(int64_t i) const {
+    if (!to[i]) return;
+    const float* from = sums + i * kOutputs;
+    Vec<float> low = load(from) + load(bias), high = load(from + kRows) + load(bias + kRows);
+    __m512i v = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    if (y->stream) _mm512_stream_si512((__m512i*)to[i], v);
+    else _mm512_mask_storeu_epi16(to[i], first_lanes(y->channels), v);
+  }
+  void store_some(int64_t step) const {
+    if (step < kRows) store(2 * step), store(2 * step + 1);
+  }
+};
+
+// f(first row of the tile's sums, first position of y, how many) for each run along W.
+template <class F>
+inline void for_runs(const Positions& s, int64_t tile, const Output& y, const F& f) {
+  bfloat16* slice = y.data + tile / s.per_slice * y.axis[kD];
+  int64_t at = tile % s.per_slice * kRows;
+  for (int64_t i = 0, h = at / s.pitch, w = at % s.pitch; i < kRows && h < s.n[kH]; ++h, w = 0) {
+    int64_t n = min(s.n[kW] - w, kRows - i);
+    if (n > 0) f(i, slice + h * y.axis[kH] + w * y.axis[kW], n);
+    i += s.pitch - w;
+  }
+}
+
+// To the contiguous layout.
+inline void store_run(float* sums, const float* bias, const Output& y, bfloat16* to, int64_t n) {
+  for (int64_t i = 0; i < n * kOutputs; i += kRows) store(sums + i, load(sums + i) + load(bias + i % kOutputs));
+  if (y.axis[kW] == 1) return transpose(sums, kOutputs, to, y.c, n, y.channels);
+  for (int64_t c = 0; c < y.channels; ++c)
+    for (int64_t i = 0; i < n; ++i) from_compute(sums[i * kOutputs + c], to[c * y.c + i * y.axis[kW]]);
+}
+
+template <int Q>
+void run_tiles(const Item& it, const Positions& s, int64_t steps, const bfloat16* panel, const float* bias,
+               const Output& y) {
+  Pending pending[2] = {{it.sums, bias, {}, &y}, {it.sums + 2 * kRows * kOutputs, bias, {}, &y}};
+  int64_t tiles = s.n[kD] * s.per_slice, x_row = s.w * kChannels * int64_t(sizeof(bfloat16));
+  int64_t now = 0;
+  for (int64_t i = 0; i < tiles; i += 2, now ^= 1) {
+    bool two = i + 1 < tiles;
+    float* sums = it.sums + now * 2 * kRows * kOutputs;
+    const Pending& before = pending[now ^ 1];
+    auto aside = [&](int64_t step) { before.store_some(step); };
+    const bfloat16* x[2] = {s.tile(i), s.tile(two ? i + 1 : i)};
+    if (two) multiply<2, Q>(it.sum, steps, x, x_row, panel, sums, aside);
+    else multiply<1, Q>(it.sum, steps, x, x_row, panel, sums, aside);
+    for (int64_t step = steps; step < kRows; ++step) before.store_some(step);
+    for (bfloat16*& to : pending[now].to) to = nullptr;
+    for (int64_t j = 0; j <= two; ++j)
+      for_runs(s, i + j, y, [&](int64_t row, bfloat16* to, int64_t n) {
+        row += j * kRows;
+        if (y.c != 1) return store_run(sums + row * kOutputs, bias, y, to, n);
+        for (int64_t r = 0; r < n; ++r) pending[now].to[row + r] = to + r * y.axis[kW];
+      });
+  }
+  for (int64_t step = 0; step < kRows; ++step) pending[now ^ 1].store_some(step);
+}
+
+inline void run_phase(const Item& it, const Phase* f, const bfloat16* panel, const float* bias, const Output& y) {
+  Positions s = place_positions(it, f);
+  if (min(s.n[kD], min(s.n[kH], s.n[kW])) <= 0) return;
+  int64_t steps = list_steps(it, f);
+  if (y.channels > kRows) run_tiles<2>(it, s, steps, panel, bias, y);
+  else run_tiles<1>(it, s, steps, panel, bias, y);
+}
+
+inline void run_pair(const Item& it, const bfloat16* panel, const float* bias, const Output& whole) {
+  const Axis* a = it.p->axis;
+  for (int64_t d = 0; d < a[kD].phases; ++d)
+    for (int64_t h = 0; h < a[kH].phases; ++h)
+      for (int64_t w = 0; w < a[kW].phases; ++w) {
+        Phase f[kAxes] = {phase(a[kD], d), phase(a[kH], h), phase(a[kW], w)};
+        Output y = whole;
+        for (int i = 0; i < kAxes; ++i) {
+          y.data += (f[i].first + it.tile[i].begin * a[i].phases) * whole.axis[i];
+          y.axis[i] *= a[i].phases;
+        }
+        run_phase(it, f, panel, bias, y);
+      }
+}
+
+inline int64_t thread_bytes(const Plan& p) {
+  int64_t each = aligned(p.window * 2) + aligned(p.lines * 2) + aligned(p.steps * int64_t(sizeof(Step)));
+  each += aligned(4 * kRows * kOutputs * 4);
+  for (int a = 0; a < kAxes; ++a) each += aligned(p.index[a] * 8);
+  return each;
+}
+
+inline int64_t panel_elements(const Plan& p) { return p.pairs * p.blocks * p.taps * kStepWeights; }
+
+inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w, const bfloat16* b,
+                      const View<bfloat16>& y, char* scratch, int threads) {
+  bfloat16* panel = take<bfloat16>(scratch, panel_elements(p));
+  float* bias = take<float>(scratch, p.pairs * kOutputs);
+  uint16_t* columns = take<uint16_t>(scratch, column_elements(p) * threads);
+  pack_weights(p, w, panel, columns, column_elements(p), threads);
+  zero(bias, p.pairs * kOutputs);
+  if (b) convert(b, bias, p.K);
+  int64_t outputs = p.N * p.K * p.axis[kD].out * p.axis[kH].out * p.axis[kW].out;
+  bool stream = y.c == 1 && p.K % kOutputs == 0 && (reinterpret_cast<uintptr_t>(y.data) & 63) == 0 &&
+                outputs * int64_t(sizeof(bfloat16)) > kStreamBytes;
+  int64_t per_thread = thread_bytes(p);
+  parallel_for(threads, p.items, [&](int64_t item, int thread) {
+    TileState state;
+    char* mine = scratch + thread * per_thread;
+    bfloat16* window = take<bfloat16>(mine, p.window);
+    bfloat16* lines = take<bfloat16>(mine, p.lines);
+    Item it{&p, {}, {}, {}, window, take<Step>(mine, p.steps), take<float>(mine, 4 * kRows * kOutputs)};
+    PackedAxis before{};
+    int64_t chunk = item % p.chunks, rest = item / p.chunks;
+    for (int a = kW; a >= kD; --a) {
+      it.packed[a].index = take<int64_t>(mine, p.index[a]);
+      if (a == kD) break;
+      it.tile[a] = place(p.axis[a], rest % p.tiles[a], p.by_taps[a], it.packed[a]);
+      rest /= p.tiles[a];
+    }
+    int64_t piece = rest % p.pieces, n = rest / p.pieces;
+    int64_t first = chunk * p.pairs_per_item, last = min(first + p.pairs_per_item, p.pairs);
+    int64_t end = min((piece + 1) * p.slabs_per_item, p.tiles[kD]);
+    for (int64_t slab = piece * p.slabs_per_item; slab < end; ++slab) {
+      it.tile[kD] = place(p.axis[kD], slab, false, it.packed[kD]);
+      Window old = it.steps;
+      it.steps = window_steps(it.packed, p.by_taps[kW] ? it.tile[kW].n : it.packed[kW].extent, p.blocks);
+      int64_t kept = carry_slices(before, it.packed[kD], it.steps, old, window);
+      pack_slices(x, n, p.C, it.packed, it.steps, kept, window, lines);
+      before = it.packed[kD];
+      for (int64_t pair = first; pair < last; ++pair) {
+        int64_t k = pair * kOutputs;
+        Output out{
+            y.data + n * y.n + k * y.c, {y.axis[kD], y.axis[kH], y.axis[kW]}, y.c, min(kOutputs, p.K - k), stream};
+        run_pair(it, panel + pair * p.blocks * p.taps * kStepWeights, bias + k, out);
+      }
+    }
+    if (stream) _mm_sfence();
+  });
+}
+
+inline int team(const Plan& p, int threads) {
+  double products = double(p.N) * double(p.C) * double(p.K) * double(p.taps);
+  for (const Axis& a : p.axis) products *= double(a.count);
+  return products < kFewProducts ? 1 : threads;
+}
+
+template <bool transposed>
+void run(const ConvCall& call) {
+  Plan p = make_plan(call.g, transposed);
+  View<bfloat16> x = view_x<bfloat16>(call), y = view_y<bfloat16>(call);
+  correlate(p, transposed ? y : x, static_cast<const bfloat16*>(call.w), static_cast<const bfloat16*>(call.b),
+            transposed ? x : y, static_cast<char*>(call.scratch), team(p, call.threads));
+}
+
+template <bool transposed>
+int64_t scratch(const ConvGeometry& g, int threads) {
+  Plan p = make_plan(g, transposed);
+  return aligned(panel_elements(p) * 2) + aligned(p.pairs * kOutputs * 4) + aligned(column_elements(p) * threads * 2) +
+         thread_bytes(p) * threads;
+}
+
+constexpr ConvCorrelate kTiles = {run<false>, run<true>, scratch<false>, scratch<true>};
+
+#else
+
+constexpr ConvCorrelate kTiles = {};
+
+#endif
+
+}  // namespace
+
+namespace CONVOXEL_ISA {
+extern const ConvCorrelate conv_amx[kDTypes] = {{}, kTiles, {}};
+}
+
+}  // namespace convoxel
