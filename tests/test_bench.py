@@ -162,7 +162,7 @@ def test_spread_is_between_the_quartiles() -> None:
         (["--repeats", "0"], 2, "--repeats: expected at least 1, received 0"),
         (["--threads", "0"], 2, "--threads: expected at least 1, received 0"),
         (["--json", "/nowhere/r.json"], 2, "--json: the folder /nowhere does not exist"),
-        (["cold"], 2, "invalid choice: 'cold'"),
+        (["cold"], 2, "no list cold, expected of hot, first"),
         (["--problem", "conv x"], 1, "'x'"),
         (["--problem", "conv i8x8 f9x9"], 1, "an output of (1, 1, 0, 0); the kernel must fit"),
         (["--problem", "conv_transpose i1 f1 p1"], 1, "an output of (1, 1, -1)"),

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from . import accuracy, compare, layers, network, scaling
+from . import accuracy, compare, layers, network, scaling, targets
 
 WORKS: dict[str, Any] = {
     "layers": layers,
@@ -17,6 +17,7 @@ WORKS: dict[str, Any] = {
     "accuracy": accuracy,
     "scaling": scaling,
     "compare": compare,
+    "targets": targets,
 }
 
 

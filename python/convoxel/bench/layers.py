@@ -22,8 +22,8 @@ LAYOUTS: dict[str, tuple[bool, ...]] = {"last": (True,), "contiguous": (False,),
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("list", nargs="?", choices=[*LISTS, "all"], default="hot", metavar="LIST",
-        help=f"one of {', '.join(LISTS)} (default: hot), or all of them")  # fmt: skip
+    add("lists", nargs="*", type=known, default=["hot"], metavar="LIST",
+        help=f"of {', '.join(LISTS)} (default: hot), or all")  # fmt: skip
     add("--problem", action="append", metavar="STRING", default=[],
         help="time this problem instead, e.g. 'conv n1 c32 k32 i64x64 f3x3 p1x1'; repeatable")  # fmt: skip
     add("--passes", type=words(PASSES), help="of " + ",".join(PASSES) + " (default: all)")
@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
+def known(name: str) -> str:
+    """The name of a list, for argparse."""
+    if name not in (*LISTS, "all"):
+        raise argparse.ArgumentTypeError(f"no list {name}, expected of {', '.join(LISTS)}, all")
+    return name
+
+
 def run(args: argparse.Namespace) -> int:
     return start(time_layers, args)
 
@@ -45,7 +52,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[Problem, tuple[bool, ...]]]:
     """The problems, each with the memory formats of ours."""
     found: dict[Problem, tuple[bool, ...]] = {Problem.parse(text): (True,) for text in args.problem}
     if not found:
-        lists = LISTS.values() if args.list == "all" else [LISTS[args.list]]
+        lists = LISTS.values() if "all" in args.lists else [LISTS[name] for name in args.lists]
         found = {p: (False, True) if some.both else (True,) for some in lists for p in some.problems}
     layouts = LAYOUTS.get(args.layout)
     return [(replace(p, dtype=args.dtype or p.dtype), layouts or own) for p, own in found.items()]

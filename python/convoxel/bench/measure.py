@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as T
 
@@ -21,7 +20,18 @@ from .. import functional as F
 from .. import runtime
 from ..geometry import Problem
 from .limits import copy_rate, fma_peak
-from .operators import CHANNELS_LAST, Step, Tensors, channels_last, errors, exact, least_bytes, steps, tensors
+from .operators import (
+    CHANNELS_LAST,
+    Results,
+    Step,
+    Tensors,
+    channels_last,
+    errors,
+    exact,
+    least_bytes,
+    steps,
+    tensors,
+)
 
 LEAST_MS = 2.0  # a timing lasts at least that long: shorter calls are repeated within it
 PAUSE = 0.02  # seconds before each call where peers are measured, whose threads spin for a while after theirs
@@ -72,11 +82,13 @@ def timed(call: Step, count: int, pause: float = 0.0) -> float:
     return 1e3 * (time.perf_counter() - start) / count
 
 
-def stopwatch(call: Step, pause: float) -> Callable[[], float]:
-    """Times so many calls that they last LEAST_MS; one warms up, one tells how many."""
-    call()
-    count = max(1, min(1000, round(LEAST_MS / timed(call, 1))))
-    return partial(timed, call, count, pause)
+def stopwatch(call: Step, pause: float = 0.0, first: float | None = None) -> Callable[[], float]:
+    """Times so many calls that they last LEAST_MS. A first call warms up, and tells how many where it is long, or
+    else a second does; `first`: its milliseconds, if it was made."""
+    if first is None:
+        first = timed(call, 1)
+    ms = first if first > 50 * LEAST_MS else timed(call, 1)
+    return partial(timed, call, max(1, min(1000, round(LEAST_MS / ms))), pause)
 
 
 def in_turn(probes: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -96,11 +108,27 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / middle
 
 
-def served(call: Step) -> tuple[str, Any]:
+def served(call: Step) -> tuple[str, Results]:
     """Which of our algorithms serve the call, and its results."""
     runtime.reset_stats()
     results = call()
     return ", ".join(sorted({by for row in runtime.stats().values() for by in row["by"]})), results
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that was made once: who served it, its errors, and its stopwatch."""
+
+    algorithm: str
+    errors: tuple[float, float]
+    probe: Callable[[], float]
+
+
+def prepare(call: Step, reference: Results, pause: float) -> Call:
+    start = time.perf_counter()
+    algorithm, results = served(call)
+    first = 1e3 * (time.perf_counter() - start)
+    return Call(algorithm, errors(results, reference), stopwatch(call, pause, first))
 
 
 def measure(p: Problem, directions: Iterable[str], settings: Settings) -> Iterator[Row]:
@@ -113,19 +141,22 @@ def measure(p: Problem, directions: Iterable[str], settings: Settings) -> Iterat
     peers = {name: peer(p, t) for name, peer in settings.peers.items()}
     for direction in directions:
         moved = least_bytes(p, direction)
-        calls = {f"ours {last}": s[direction] for last, s in ours.items()}
-        calls |= {f"torch {last}": s[direction] for last, s in theirs.items()}
-        calls |= {name: s[direction] for name, s in peers.items() if direction in s}
-        probes: dict[str, Callable[[], float]] = {"FMA": fma_peak, "copy": partial(copy_rate, moved)}
-        probes |= {name: stopwatch(call, PAUSE if peers else 0) for name, call in calls.items()}
-        found = in_turn(probes, settings.repeats)
-        middle = {name: statistics.median(values) for name, values in found.items()}
         reference = exact(p, direction, t)
-        torch_errors = errors(theirs[False][direction](), reference)
+        every = {f"ours {last}": s for last, s in ours.items()} | {
+            f"torch {last}": s for last, s in theirs.items()
+        }
+        calls = {
+            name: prepare(s[direction], reference, PAUSE if peers else 0)
+            for name, s in (every | peers).items()
+            if direction in s
+        }
+        probes: dict[str, Callable[[], float]] = {"FMA": fma_peak, "copy": partial(copy_rate, moved)}
+        found = in_turn(probes | {name: call.probe for name, call in calls.items()}, settings.repeats)
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        torch_ms = min(middle[f"torch {last}"] for last in formats)
         for last in layouts:
-            ms, name = middle[f"ours {last}"], f"ours {last}"
-            torch_ms = min(middle[f"torch {other}"] for other in formats)
-            algorithm, results = served(calls[name])
+            name = f"ours {last}"
+            ms = middle[name]
             gflops, gbs = p.flops / ms / 1e6, moved / ms / 1e6
             yield Row(
                 str(replace(p, last=last)),
@@ -141,9 +172,9 @@ def measure(p: Problem, directions: Iterable[str], settings: Settings) -> Iterat
                 gflops / middle["FMA"],
                 gbs,
                 gbs / middle["copy"],
-                *errors(results, reference),
-                *torch_errors,
-                algorithm,
-                {peer: middle[peer] for peer in peers if peer in middle},
-                {peer: errors(calls[peer](), reference)[0] for peer in peers if peer in calls},
+                *calls[name].errors,
+                *calls["torch False"].errors,
+                calls[name].algorithm,
+                {peer: middle[peer] for peer in peers if peer in calls},
+                {peer: calls[peer].errors[0] for peer in peers if peer in calls},
             )

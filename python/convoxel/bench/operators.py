@@ -140,22 +140,23 @@ def exact_convolution(p: Problem, which: str, t: Tensors) -> Tensor:
         raise ValueError(f"{p} has no weight")
     c, k = p.c // p.g, p.k // p.g  # the first group is a convolution of its own
     p = replace(p, g=1, c=c, k=k)
-    x, dy, w = x[:, :c].double(), dy[:, :k].double(), (w[:c] if p.transposed else w[:k]).double()
+    x, dy, w = x[:, :c], dy[:, :k], w[:c] if p.transposed else w[:k]  # to be cut before they are made double
     out_axis, in_axis = (1, 0) if p.transposed else (0, 1)
     c, k = min(c, CHECKED_CHANNELS), min(k, CHECKED_CHANNELS)
     if which == "weight_grad":
-        w = w.narrow(out_axis, 0, k).narrow(in_axis, 0, c).requires_grad_()
-        return torch.autograd.grad(call(T, p, x[:, :c], w, None), w, dy[:, :k])[0]
+        part = w.narrow(out_axis, 0, k).narrow(in_axis, 0, c).double().requires_grad_()
+        return torch.autograd.grad(call(T, p, x[:, :c].double(), part, None), part, dy[:, :k].double())[0]
     edge = p.d[0] * (p.f[0] - 1) + p.p[0] + p.o[0] + 1  # planes next to a cut may lack their neighbours
     planes = min(p.i[0], p.s[0] * (CHECKED_PLANES + 2 * edge))
     whole = planes == p.i[0]
     p = replace(p, i=(planes, *p.i[1:]))
     x, dy = x[:, :, :planes], dy[:, :, : p.y_shape[2]]
     if which == "forward":
-        part = call(T, p, x, w.narrow(out_axis, 0, k), None if b is None else b[:k].double())
+        bias = None if b is None else b[:k].double()
+        part = call(T, p, x.double(), w.narrow(out_axis, 0, k).double(), bias)
     else:
-        x = x[:, :c].requires_grad_()
-        part = torch.autograd.grad(call(T, p, x, w.narrow(in_axis, 0, c), None), x, dy)[0]
+        x = x[:, :c].double().requires_grad_()
+        part = torch.autograd.grad(call(T, p, x, w.narrow(in_axis, 0, c).double(), None), x, dy.double())[0]
     return part if whole else part[:, :, :-edge]
 
 

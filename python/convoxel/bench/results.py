@@ -52,8 +52,14 @@ def machine() -> dict[str, Any]:
 
 def line(found: Results) -> str:
     """Machine, versions and date of results in one line."""
+    machine = {**found.machine, "ISA": isa(found)}
     keys = ("processor", "threads", "ISA", "torch", "convoxel", "build", "date")
-    return ", ".join(f"{key} {found.machine.get(key, '?')}" for key in keys)
+    return ", ".join(f"{key} {machine.get(key, '?')}" for key in keys)
+
+
+def isa(found: Results) -> str:
+    """The instruction set that ours ran at."""
+    return str(found.machine.get("ISA", "?")).split()[0]
 
 
 def same_machine(a: Results, b: Results) -> bool:

@@ -67,7 +67,7 @@ def measure(sizes: Sequence[int], threads: Sequence[int], repeats: int) -> Itera
             call = make(size)
             for count in threads:
                 torch.set_num_threads(count)
-                times = in_turn({"": stopwatch(call, 0)}, repeats)[""]
+                times = in_turn({"": stopwatch(call)}, repeats)[""]
                 ms = statistics.median(times)
                 yield Row(work, size, count, ms, spread(times), ms / (size**3 / 1e6))
 

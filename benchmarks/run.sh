@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Measures everything that performance is promised for and writes it, with pictures and the table of targets:
+#
+#     benchmarks/run.sh [FOLDER]          (default: benchmarks/results)
+#
+# About 25 minutes on two cores; let nothing else run. PYTHON is an interpreter with convoxel[bench] (default: python3;
+# a virtual environment of `pip install ".[bench]"` will do). ONLY="hot network-nnunet3d" measures those files again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+
+# measure NAME WORDS…: `convoxel bench WORDS` to NAME.json and NAME.png; a promise broken by accuracy is not the end
+measure() {
+  local name=$1 start=$SECONDS status=0
+  shift
+  if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
+  echo "== $name: convoxel bench $*"
+  "$python" -m convoxel bench "$@" --json "$out/$name.json" --plot "$out/$name.png" || status=$?
+  echo "== $name: $((SECONDS - start)) s, exit code $status"
+  if [[ $1 != accuracy && $status != 0 ]]; then exit "$status"; fi
+}
+
+rest=(first stride transposed deep depthwise pointwise conv2d around small)
+
+measure hot layers hot --repeats 3
+measure hot-highest layers hot --precision highest --repeats 3
+measure hot-bf16 layers hot --dtype bf16 --repeats 3
+measure layers layers "${rest[@]}" --repeats 3
+measure avx2-hot layers hot --isa avx2 --repeats 3
+measure avx2-layers layers "${rest[@]}" --isa avx2 --repeats 3
+measure network-nnunet3d network --model nnunet3d --dtype f32,bf16 --peers onnxruntime,openvino --rounds 1 --repeats 1
+measure network-nnunet2d network --model nnunet2d --rounds 2 --repeats 2
+measure network-basicunet network --model basicunet --rounds 1 --repeats 2
+measure network-dynunet network --model dynunet --rounds 1 --repeats 1
+measure network-segresnet network --model segresnet --rounds 1 --repeats 2
+measure avx2-network-nnunet3d network --model nnunet3d --isa avx2 --rounds 1 --repeats 1
+measure scaling scaling
+measure accuracy accuracy
+
+"$python" -m convoxel bench targets "$out" | tee "$out/targets.md"
