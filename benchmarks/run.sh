@@ -38,5 +38,6 @@ measure network-segresnet network --model segresnet --rounds 1 --repeats 2
 measure avx2-network-nnunet3d network --model nnunet3d --isa avx2 --rounds 1 --repeats 1
 measure scaling scaling
 measure accuracy accuracy
+measure accuracy-bf16 accuracy --dtype bf16
 
 "$python" -m convoxel bench targets "$out" | tee "$out/targets.md"

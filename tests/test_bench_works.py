@@ -64,6 +64,13 @@ def test_every_algorithm_has_its_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert (runtime.get_conv_algorithm(), list(route.tiles((1, 3, 3)))) == ("auto", [(1, 4, 4), (1, 2, 2)])
 
 
+def test_bfloat16_rounds_and_promises_nothing(tmp_path: Path) -> None:
+    words = ["--channels", "16", "--passes", "forward", "--dtype", "bf16"]
+    assert run("accuracy", *words, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png") == 0
+    errors = [r["error"] for r in results.read(tmp_path / "r.json").rows if r["algorithm"] != "high"]
+    assert len(errors) > 5 and all(1e-3 < error < 1e-2 for error in errors)
+
+
 def test_a_broken_promise_is_said_and_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from .. import _C, runtime
 from .limits import copy_rate, fma_peak
 
+TRIES = 5  # of each limit, the best of which counts
+
 
 @dataclass(frozen=True)
 class Results:
@@ -45,8 +47,8 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "build": build(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "FMA peak, GFLOP/s": round(fma_peak()),
-        "copy, GB/s": round(copy_rate(), 1),
+        "FMA peak, GFLOP/s": round(max(fma_peak() for _ in range(TRIES))),
+        "copy, GB/s": round(max(copy_rate() for _ in range(TRIES)), 1),
     }
 
 
