@@ -25,18 +25,18 @@ measure() {
 rest=(first stride transposed deep depthwise pointwise conv2d around small)
 
 measure hot layers hot --repeats 3
-measure hot-highest layers hot --precision highest --repeats 3
-measure hot-bf16 layers hot --dtype bf16 --repeats 3
+measure hot-highest layers hot --precision highest --repeats 2
+measure hot-bf16 layers hot --dtype bf16 --repeats 2
 measure layers layers "${rest[@]}" --repeats 3
-measure avx2-hot layers hot --isa avx2 --repeats 3
-measure avx2-layers layers "${rest[@]}" --isa avx2 --repeats 3
+measure avx2-hot layers hot --isa avx2 --repeats 2
+measure avx2-layers layers "${rest[@]}" --isa avx2 --repeats 2
 measure network-nnunet3d network --model nnunet3d --dtype f32,bf16 --peers onnxruntime,openvino --rounds 1 --repeats 1
-measure network-nnunet2d network --model nnunet2d --rounds 2 --repeats 2
+measure network-nnunet2d network --model nnunet2d --rounds 1 --repeats 2
 measure network-basicunet network --model basicunet --rounds 1 --repeats 2
 measure network-dynunet network --model dynunet --rounds 1 --repeats 1
 measure network-segresnet network --model segresnet --rounds 1 --repeats 2
-measure avx2-network-nnunet3d network --model nnunet3d --isa avx2 --rounds 1 --repeats 1
-measure scaling scaling
+measure avx2-network-nnunet3d network --model nnunet3d --size 96,96,96 --isa avx2 --rounds 1 --repeats 1
+measure scaling scaling --repeats 2
 measure accuracy accuracy
 measure accuracy-bf16 accuracy --dtype bf16
 

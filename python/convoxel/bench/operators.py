@@ -22,6 +22,7 @@ CHECKED_CHANNELS = (
     4  # of the result are compared with float64; of a convolution, in CHECKED_PLANES planes and the edge
 )
 CHECKED_PLANES = 4
+SUMMED_CHANNELS = 2  # of a weight gradient, in and out: each of its values is a sum over all voxels
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -144,6 +145,7 @@ def exact_convolution(p: Problem, which: str, t: Tensors) -> Tensor:
     out_axis, in_axis = (1, 0) if p.transposed else (0, 1)
     c, k = min(c, CHECKED_CHANNELS), min(k, CHECKED_CHANNELS)
     if which == "weight_grad":
+        c, k = min(c, SUMMED_CHANNELS), min(k, SUMMED_CHANNELS)
         part = w.narrow(out_axis, 0, k).narrow(in_axis, 0, c).double().requires_grad_()
         return torch.autograd.grad(call(T, p, x[:, :c].double(), part, None), part, dy[:, :k].double())[0]
     edge = p.d[0] * (p.f[0] - 1) + p.p[0] + p.o[0] + 1  # planes next to a cut may lack their neighbours

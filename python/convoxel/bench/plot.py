@@ -135,7 +135,7 @@ def volumes(path: Path, found: Results) -> None:
 
 def errors(path: Path, found: Results) -> None:
     """Relative error against channels, a curve for each algorithm: the worst of the passes, 2-D and 3-D."""
-    figure, axes = canvas(5.5, found, "Relative L2 error against float64: the worst pass, 2-D and 3-D")
+    figure, axes = canvas(6.0, found, "Relative L2 error against float64: the worst pass, 2-D and 3-D")
     by_torch = {
         (r["problem"], r["direction"]): {**r, "algorithm": "torch", "error": r["torch_error"]}
         for r in found.rows
@@ -154,7 +154,7 @@ def errors(path: Path, found: Results) -> None:
     axes.set(xscale="log", yscale="log", xlabel="channels", ylabel="relative L2 error")
     axes.set_xticks(channels, list(map(str, channels)), fontsize=8)
     axes.minorticks_off()
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
