@@ -12,8 +12,10 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 
 # measure NAME WORDS…: `convoxel bench WORDS` to NAME.json and NAME.png; a promise broken by accuracy is not the end
+files=()
 measure() {
   local name=$1 start=$SECONDS status=0
+  files+=("$out/$name.json")
   shift
   if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
   echo "== $name: convoxel bench $*"
@@ -22,14 +24,16 @@ measure() {
   if [[ $1 != accuracy && $status != 0 ]]; then exit "$status"; fi
 }
 
-rest=(first stride transposed deep depthwise pointwise conv2d around small)
+rest=(first stride transposed deep depthwise pointwise conv2d)
 
 measure hot layers hot --repeats 3
 measure hot-highest layers hot --precision highest --repeats 2
 measure hot-bf16 layers hot --dtype bf16 --repeats 2
 measure layers layers "${rest[@]}" --repeats 3
+measure around layers around small --repeats 3
 measure avx2-hot layers hot --isa avx2 --repeats 2
 measure avx2-layers layers "${rest[@]}" --isa avx2 --repeats 2
+measure avx2-around layers around --isa avx2 --repeats 2
 measure network-nnunet3d network --model nnunet3d --dtype f32,bf16 --peers onnxruntime,openvino --rounds 1 --repeats 1
 measure network-nnunet2d network --model nnunet2d --rounds 1 --repeats 2
 measure network-basicunet network --model basicunet --rounds 1 --repeats 2
@@ -40,4 +44,6 @@ measure scaling scaling --repeats 2
 measure accuracy accuracy
 measure accuracy-bf16 accuracy --dtype bf16
 
-"$python" -m convoxel bench targets "$out" | tee "$out/targets.md"
+measured=()
+for file in "${files[@]}"; do [[ -e $file ]] && measured+=("$file"); done
+"$python" -m convoxel bench targets "${measured[@]}" | tee "$out/targets.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convoxel import cli
-from convoxel.bench import lists, operators, results, targets
+from convoxel.bench import lists, network_lists, operators, results, targets
 from convoxel.geometry import Problem
 
 AVX512 = {"processor": "A", "threads": 2, "ISA": "avx512 (available: avx2, avx512)"}
@@ -29,7 +29,8 @@ def network(**ms: float) -> list[dict]:
     """Rows of nnU-Net 3D: what each variant takes, for everything."""
     names = {name: name.replace("_", " ").replace("kept", "torch, memory kept") for name in ms}
     return [
-        {"network": "nnunet3d", "variant": names[name], "forward_ms": v, "step_ms": v, "peak_mb": v}
+        {"network": "nnunet3d", "size": [128] * 3, "variant": names[name]}
+        | {"forward_ms": v, "step_ms": v, "peak_mb": v}
         for name, v in ms.items()
     ]
 
@@ -97,6 +98,8 @@ def test_networks_are_ratios_of_variants() -> None:
     assert forward == ("4.10x torch, 2.30x torch, memory kept, 1.90x openvino", "**no**")
     assert step == ("4.10x torch, 2.30x torch, memory kept, 1.80x torch bf16", "yes")
     assert memory == ("0.24x", "yes")
+    small = cells([row | {"size": [96] * 3} for row in rows], "network")
+    assert all(v[0].endswith(" (patch 96x96x96)") for k, v in small.items() if k.startswith("nnU-Net 3D"))
     without = cells(rows[:3], "network")
     assert [v[1] for k, v in without.items() if "nnU-Net 3D" in k] == ["", ""]
 
@@ -143,3 +146,17 @@ def test_folders_and_files_are_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert f"| {HOT} | 3x mean, none under 2x | 4x | forward 5.00x" in out
     assert re.search(r"- hot.json: processor A, threads 2, ISA avx512, ", out)
+
+
+def test_the_script_asks_for_what_there_is() -> None:
+    """Every line of benchmarks/run.sh is a command line that convoxel takes."""
+    script = (Path(__file__).parents[1] / "benchmarks" / "run.sh").read_text()
+    (rest,) = re.findall(r"^rest=\((.*)\)$", script, re.M)
+    commands = [
+        words.replace('"${rest[@]}"', rest).split()
+        for words in re.findall(r"^measure \S+ (.*)$", script, re.M)
+    ]
+    parsed = [cli.build_parser().parse_args(["bench", *words]) for words in commands]
+    assert {args.work for args in parsed} == {"layers", "network", "scaling", "accuracy"}
+    asked = {name for args in parsed if args.work == "layers" for name in args.lists}
+    assert asked == set(lists.LISTS) - set(network_lists.LAYERS)

@@ -19,6 +19,7 @@ from . import results
 from .accuracy import BOUND
 from .fit import lines
 from .lists import LISTS
+from .networks import NETWORKS
 
 SUMMARY = "print the table of targets, met or not, from files of results"
 AVX2 = 0.8  # of each gain
@@ -130,15 +131,14 @@ def network(name: str, what: str, least: dict[str, float], ours: str = "convoxel
 
     def judge(found: Found, scale: float) -> Outcome:
         ratios = {other: found.ratio(name, what, other, ours) for other in least}
-        words = ", ".join(
-            "not measured" if r is None else f"{times(r)} {other}" for other, r in ratios.items()
-        )
-        known = [r >= least[other] * scale for other, r in ratios.items() if r is not None]
-        return (
-            Outcome(words, None if all(known) and len(known) < len(least) else all(known))
-            if known
-            else Outcome()
-        )
+        words = [f"{times(r)} {other}" if r else f"{other} not measured" for other, r in ratios.items()]
+        known = [r >= least[other] * scale for other, r in ratios.items() if r]
+        if not known:
+            return Outcome()
+        sizes = {tuple(r["size"]) for r in found.networks if r["network"] == name} - {NETWORKS[name].patch}
+        patches = "".join(f" (patch {'x'.join(map(str, size))})" for size in sizes)
+        met = all(known) if len(known) == len(least) or not all(known) else None
+        return Outcome(", ".join(words) + patches, met)
 
     return judge
 
