@@ -7,6 +7,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -209,9 +210,9 @@ def test_bfloat16_rounds_the_logits_of_both() -> None:
 
 
 def test_variants_of_a_network() -> None:
-    names = [str(v) for v in network.variants(("torch", "openvino"), ("f32", "bf16"))]
-    assert names[:4] == ["convoxel", "torch", "torch, memory kept", "openvino"]
-    assert names[4:] == ["convoxel bf16", "torch bf16", "torch bf16, memory kept", "openvino bf16"]
+    names = [str(v) for v in network.variants(("torch", "onnxruntime", "openvino"), ("f32", "bf16"))]
+    assert names[:5] == ["convoxel", "torch", "torch, memory kept", "onnxruntime", "openvino"]
+    assert names[5:] == ["convoxel bf16", "torch bf16", "torch bf16, memory kept", "openvino bf16"]
 
 
 def test_an_error_of_a_process_is_the_parents() -> None:
@@ -281,6 +282,22 @@ def test_peers_beside_ours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert max(first["peer_errors"].values()) < 1e-6
     assert all(r["peers"] == {} for r in others)
     assert capsys.readouterr().out.count("over openvino, forward") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["network", "--model", "small", "--dtype", "bf16"],
+        ["layers", "--problem", "relu n1 c4 i8", "--dtype", "bf16"],
+    ],
+)
+def test_onnxruntime_has_no_bfloat16(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnxruntime", "onnx"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or ModuleType(name))
+    assert run(*words, "--peers", "onnxruntime") == 1
+    assert "onnxruntime computes no bfloat16 on a CPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not INSTALLED["openvino"], reason="needs convoxel[bench]")

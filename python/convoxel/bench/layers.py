@@ -14,7 +14,7 @@ from .arguments import add_machine, add_output, finish, measuring, start, words
 from .lists import LISTS
 from .measure import Row, Settings, measure
 from .operators import PASSES, passes
-from .peers import LAYER_PEERS, PEERS, check
+from .peers import LAYER_PEERS, NO_BFLOAT16, PEERS, check
 
 SUMMARY = "time lists of layers, or pasted problems, beside torch's"
 LAYOUTS: dict[str, tuple[bool, ...]] = {"last": (True,), "contiguous": (False,), "both": (False, True)}
@@ -64,6 +64,8 @@ def time_layers(args: argparse.Namespace) -> int:
     if not any(set(wanted) & set(passes(p)) for p, _ in work):
         raise ValueError(f"--passes: none of these problems has {', '.join(wanted)}")
     check(args.peers, args.isa)
+    if "onnxruntime" in args.peers and any(p.dtype == "bf16" for p, _ in work):
+        raise ValueError(NO_BFLOAT16)
     peers = {name: LAYER_PEERS[name] for name in args.peers if name != "torch"}
     with measuring(args.threads, args.precision):
         machine = results.machine()

@@ -33,9 +33,13 @@ def environment(isa: str) -> dict[str, str]:
 
 def _worker(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
-        pipe.send(function(*arguments))
-    except Exception as error:  # the parent's to tell
-        pipe.send(error)
+        try:
+            result = function(*arguments)
+        except Exception as error:  # the parent's to tell
+            result = error
+        pipe.send(result)
+    except (KeyboardInterrupt, BrokenPipeError):  # the user stopped both, or the parent is gone
+        pass
 
 
 def in_process(
