@@ -84,7 +84,7 @@ def time_layers(args: argparse.Namespace) -> int:
 
 def header(peers: Iterable[str]) -> str:
     return (
-        f"{'problem':<55} {'pass':<11} {'ms':>8} {'spread':>6} {'torch':>8} {'gain':>6} {'same':>6} "
+        f"{'problem':<55} {'pass':<11} {'ms':>8} {'least':>8} {'spread':>6} {'torch':>8} {'gain':>6} {'same':>6} "
         f"{'GFLOP/s':>7} {'peak':>4} {'GB/s':>6} {'copy':>4} {'error':>8} {'max':>8} {'torch':>8} "
         + "".join(f"{name:>12} {'gain':>6} " for name in peers)
         + "algorithm"
@@ -97,9 +97,9 @@ def line(r: Row, peers: Iterable[str]) -> str:
         for name in peers
     )
     return (
-        f"{r.problem:<55} {r.direction:<11} {r.ms:8.2f} {r.spread:6.1%} {r.torch_ms:8.2f} {r.gain:5.2f}x "
-        f"{r.torch_same_ms / r.ms:5.2f}x {r.gflops:7.0f} {r.peak_fraction:4.2f} {r.gbs:6.1f} {r.copy_fraction:4.2f} "
-        f"{r.error:8.1e} {r.max_error:8.1e} {r.torch_error:8.1e} {found}{r.algorithm}"
+        f"{r.problem:<55} {r.direction:<11} {r.ms:8.2f} {r.ms_min:8.2f} {r.spread:6.1%} {r.torch_ms:8.2f} "
+        f"{r.gain:5.2f}x {r.torch_same_ms / r.ms:5.2f}x {r.gflops:7.0f} {r.peak_fraction:4.2f} {r.gbs:6.1f} "
+        f"{r.copy_fraction:4.2f} {r.error:8.1e} {r.max_error:8.1e} {r.torch_error:8.1e} {found}{r.algorithm}"
     )
 
 

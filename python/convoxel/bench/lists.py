@@ -161,3 +161,15 @@ LISTS = {
     ),
     **{name: network(texts) for name, texts in network_lists.LAYERS.items()},
 }
+
+# How many times as fast a network should at least be: (network, dtype of ours, what), over which variant.
+NETWORK_LEAST: dict[tuple[str, str, str], dict[str, float]] = {
+    ("nnunet3d", "f32", "forward"): {"torch": 4, "torch, memory kept": 2.2, "openvino": 2},
+    ("nnunet3d", "f32", "step"): {"torch": 4, "torch, memory kept": 2.2, "torch bf16": 1.7},
+    ("nnunet3d", "bf16", "forward"): {"openvino bf16": 1.3},
+    **{
+        (name, "f32", what): {"torch": 2}
+        for name in ("nnunet2d", "basicunet", "dynunet", "segresnet")
+        for what in ("forward", "step")
+    },
+}

@@ -66,7 +66,8 @@ def bars(
     """Horizontal bars, groups from top to bottom: of each bar its colour's name, length, mark and note."""
     count = sum(len(group) for group in groups.values()) + len(groups)
     figure, axes = canvas(2.0 + INCH * count, found, title)
-    at, ticks, longest = 0.0, {}, max(bar[1] for group in groups.values() for bar in group)
+    longest = max(max(length, mark or 0) for group in groups.values() for _, length, mark, _ in group)
+    at, ticks = 0.0, {}
     named: set[str] = set()
     for name, group in groups.items():
         ticks[name] = at + (len(group) - 1) / 2
@@ -84,7 +85,7 @@ def bars(
     axes.set(
         yticks=list(ticks.values()),
         ylim=(at - 1, -1),
-        xlim=(0, longest * 1.25),
+        xlim=(0, longest * 1.35),
         xlabel="times as fast",
     )
     axes.set_yticklabels(list(ticks), fontsize=8)
@@ -112,7 +113,8 @@ def network(path: Path, found: Results) -> None:
         for what in ("forward", "step"):
             gain, ms = row[f"{what}_gain"], row[f"{what}_ms"]
             if ms is not None:
-                group.append((what, gain, None, f"{gain:.2f}x  {ms:.0f} ms, ours {ms / gain:.0f} ms"))
+                asked = lists.NETWORK_LEAST.get((row["network"], row["dtype"], what), {}).get(row["variant"])
+                group.append((what, gain, asked, f"{gain:.2f}x  {ms:.0f} ms, ours {ms / gain:.0f} ms"))
     bars(path, found, "convoxel over other engines, whole networks", groups)
 
 

@@ -66,6 +66,9 @@ def in_process(
             f"bench: the process of {function.__name__}{arguments[:1]} ended early with exit code "
             f"{process.exitcode}; is memory short?"
         ) from None
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
     finally:
         process.join()
     if isinstance(result, Exception):

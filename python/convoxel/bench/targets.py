@@ -18,7 +18,7 @@ from ..geometry import Problem
 from . import results
 from .accuracy import BOUND
 from .fit import lines
-from .lists import LISTS
+from .lists import LISTS, NETWORK_LEAST
 from .networks import NETWORKS
 
 SUMMARY = "print the table of targets, met or not, from files of results"
@@ -126,11 +126,13 @@ def of_peak(found: Found, _: float) -> Outcome:
     return Outcome(f"{some}{words} of peak; lowest over torch {times(worst)}", None if some else met)
 
 
-def network(name: str, what: str, least: dict[str, float], ours: str = "convoxel") -> Judge:
+def network(name: str, what: str, dtype: str = "f32") -> Judge:
     """Judges a network's time over those of other variants."""
+    least = NETWORK_LEAST[name, dtype, what]
+    ours = "convoxel" if dtype == "f32" else f"convoxel {dtype}"
 
     def judge(found: Found, scale: float) -> Outcome:
-        ratios = {other: found.ratio(name, what, other, ours) for other in least}
+        ratios = {other: found.ratio(name, f"{what}_ms", other, ours) for other in least}
         words = [f"{times(r)} {other}" if r else f"{other} not measured" for other, r in ratios.items()]
         known = [r >= least[other] * scale for other, r in ratios.items() if r]
         if not known:
@@ -207,17 +209,17 @@ TARGETS = (
            layers("around", 2, each=2, bandwidth=True)),
     Target("1x1x1 convolution, linear", "0.97x", "1.1x", layers("pointwise", 0.97, each=0.97)),
     Target(f"nnU-Net 3D 128^3 forward, fp32, {OVER} / OpenVINO", "4x / 2.2x / 2x", "6x / 3.5x / 3x",
-           network("nnunet3d", "forward_ms", {"torch": 4, "torch, memory kept": 2.2, "openvino": 2})),
+           network("nnunet3d", "forward")),
     Target("the same, bf16, over OpenVINO bf16", "1.3x", "2x",
-           network("nnunet3d", "forward_ms", {"openvino bf16": 1.3}, "convoxel bf16")),
+           network("nnunet3d", "forward", "bf16")),
     Target(f"nnU-Net 3D 128^3 training step, fp32, {OVER} / torch bf16", "4x / 2.2x / 1.7x", "6x / 3x / 2.5x",
-           network("nnunet3d", "step_ms", {"torch": 4, "torch, memory kept": 2.2, "torch bf16": 1.7})),
+           network("nnunet3d", "step")),
     Target("peak memory of that step, over torch as users run it", "0.6x", "0.4x", memory, gain=False),
     *(
-        Target(f"{title}, {word}, over torch", "2x", "4x", network(name, what, {"torch": 2}))
+        Target(f"{title}, {word}, over torch", "2x", "4x", network(name, what))
         for name, title in (("nnunet2d", "nnU-Net 2D 512^2"), ("basicunet", "MONAI BasicUNet"),
                             ("dynunet", "MONAI DynUNet"), ("segresnet", "MONAI SegResNet"))
-        for what, word in (("forward_ms", "forward"), ("step_ms", "training step"))
+        for what, word in (("forward", "forward"), ("step", "training step"))
     ),
     Target("anything replaced by default", "0.97x from 1 ms on, below 25 us more", "", replaced, gain=False),
     Target("precision high, relative L2 error", "1e-5", "", exactness, gain=False),
