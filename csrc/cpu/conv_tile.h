@@ -41,6 +41,21 @@ inline View<S> view_y(const ConvCall& call) {
   return view<S>(call.y, call.g.K, a[kD].out, a[kH].out, a[kW].out, call.g.y_last);
 }
 
+// A 1x1x1 convolution knows no axes: the voxels of an image, of all images where both tensors are channels-last, are
+// one row.
+inline ConvCall flattened(ConvCall call) {
+  ConvGeometry& g = call.g;
+  int64_t voxels = 1;
+  for (const ConvAxis& a : g.axis) {
+    if (a.kernel != 1 || a.stride != 1 || a.padding != 0) return call;
+    voxels *= a.in;
+  }
+  if (g.x_last && g.y_last) voxels *= g.N, g.N = 1;
+  g.axis[kD] = g.axis[kH] = {1, 1, 1, 1, 0, 1};
+  g.axis[kW] = {voxels, voxels, 1, 1, 0, 1};
+  return call;
+}
+
 template <class A>
 inline void zero(A* p, int64_t n) {
   __builtin_memset(p, 0, size_t(n) * sizeof(A));
@@ -88,6 +103,19 @@ inline void pack_window(const View<S>& x, int64_t n, int64_t c, const PackedAxis
       if (id < 0 || ih < 0) zero(tile, row);
       else pack_row(x.data + n * x.n + c * x.c + id * x.axis[kD] + ih * x.axis[kH], x, p[kW], channels, tile);
     }
+}
+
+// Whether a window is a part of a channels-last x as it lies, and where that begins.
+inline bool lies_in_x(const PackedAxis* p) {
+  for (int a = 0; a < kAxes; ++a)
+    if (!p[a].dense || p[a].first < 0 || p[a].first + p[a].extent > p[a].size) return false;
+  return true;
+}
+template <class S>
+inline const S* window_in(const View<S>& x, int64_t n, int64_t c, const PackedAxis* p) {
+  const S* at = x.data + n * x.n + c;
+  for (int a = 0; a < kAxes; ++a) at += p[a].first * x.axis[a];
+  return at;
 }
 
 // Input channels of a block: a chain of sums is one block times the taps of the H, W plane.

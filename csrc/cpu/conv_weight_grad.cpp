@@ -76,7 +76,7 @@ Plan make_plan(const ConvGeometry& g) {
 }
 
 template <class A>
-struct Rows {  // dy of a tile: the tensor itself, or a packed copy [D, H, W, width]
+struct Rows {  // dy or x of a tile: the tensor itself, or a packed copy [D, H, W, width]
   const A* data;
   int64_t axis[kAxes];
 };
@@ -101,16 +101,22 @@ Rows<A> pack_dy(const View<S>& y, int64_t n, int64_t k, int64_t channels, int64_
   return rows;
 }
 
+template <class S, class A>
+Rows<A> pack_x(const View<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* packed, A* window) {
+  if constexpr (std::is_same<S, A>::value) {
+    if (x.c == 1 && lies_in_x(packed)) return {window_in(x, n, c, packed), {x.axis[kD], x.axis[kH], x.axis[kW]}};
+  }
+  pack_window(x, n, c, packed, channels, window);
+  int64_t row = packed[kW].extent * channels;
+  return {window, {packed[kH].extent * row, row, channels}};
+}
+
 // Adds one tile to the panel [tap, c, width] of its block.
 template <class A, int V>
-void add_tile(const Plan& p, const TileAxis* t, const PackedAxis* packed, const A* window, int64_t channels,
-              const Rows<A>& dy, A* panel) {
-  int64_t x_axis[kAxes], width = V * kLanes<A>;
-  x_axis[kW] = channels;
-  x_axis[kH] = packed[kW].extent * x_axis[kW];
-  x_axis[kD] = packed[kH].extent * x_axis[kH];
+void add_tile(const Plan& p, const TileAxis* t, const Rows<A>& x_tile, int64_t channels, const Rows<A>& dy, A* panel) {
+  const int64_t *x_axis = x_tile.axis, width = V * kLanes<A>;
   int64_t taps_w = p.axis[kW].kernel, rows = channels;
-  if (t[kW].tap_step == 1) rows *= taps_w, taps_w = 1;  // (tap, c) is contiguous: one run of rows
+  if (t[kW].tap_step * x_axis[kW] == channels) rows *= taps_w, taps_w = 1;  // (tap, c) is contiguous: one run of rows
   OuterTile<A> o{
       {t[kH].n, t[kW].n}, {t[kH].out_step * x_axis[kH], t[kW].out_step * x_axis[kW]}, {dy.axis[kH], dy.axis[kW]}};
   constexpr int R = tile_rows(V);
@@ -119,11 +125,16 @@ void add_tile(const Plan& p, const TileAxis* t, const PackedAxis* packed, const 
     for (int64_t kd = 0; kd < p.axis[kD].kernel; ++kd)
       for (int64_t kh = 0; kh < p.axis[kH].kernel; ++kh)
         for (int64_t kw = 0; kw < taps_w; ++kw) {
-          const A* x = window + (d * t[kD].out_step + kd * t[kD].tap_step) * x_axis[kD] +
+          const A* x = x_tile.data + (d * t[kD].out_step + kd * t[kD].tap_step) * x_axis[kD] +
                        kh * t[kH].tap_step * x_axis[kH] + kw * t[kW].tap_step * x_axis[kW];
           A* dw = panel + ((kd * p.axis[kH].kernel + kh) * taps_w + kw) * rows * width;
           for (int64_t i = 0; i < parts; ++i) {
             Range r = piece(rows, parts, i);
+            if (p.taps == 1) {  // a pixel is read once: the next tile is fetched during this one
+              Range ahead = piece(t[kW].n, parts, i);
+              fetch(x + (t[kW].n + ahead.begin) * x_axis[kW], (ahead.end - ahead.begin) * x_axis[kW]);
+              fetch(dy.data + (t[kW].n + ahead.begin) * dy.axis[kW], (ahead.end - ahead.begin) * dy.axis[kW]);
+            }
             with_rows<R>(r.end - r.begin, [&](auto T) {
               outer_tile<A, T(), V>(o, x + r.begin, dy.data + d * dy.axis[kD], dw + r.begin * width);
             });
@@ -139,7 +150,8 @@ int64_t thread_bytes(const Plan& p) {
 }
 
 template <class S>
-void weight_grad(const ConvCall& call) {
+void weight_grad(const ConvCall& shaped) {
+  ConvCall call = flattened(shaped);
   typedef Compute<S> A;
   Plan p = make_plan<A>(call.g);
   ChannelBlocks<A> blocks(p.K);
@@ -169,9 +181,9 @@ void weight_grad(const ConvCall& call) {
         t[a] = place_axis(p.axis[a], at % p.tiles[a], packed[a]);
         at /= p.tiles[a];
       }
-      pack_window(x, at, group * p.C + c0, packed, channels, window);
+      Rows<A> rows = pack_x(x, at, group * p.C + c0, channels, packed, window);
       Rows<A> dy = pack_dy(y, at, group * p.K + kb * blocks.width, blocks.used(kb), width, t, dy_tile);
-      with_vectors(blocks.vectors(kb), [&](auto V) { add_tile<A, V()>(p, t, packed, window, channels, dy, panel); });
+      with_vectors(blocks.vectors(kb), [&](auto V) { add_tile<A, V()>(p, t, rows, channels, dy, panel); });
     }
   });
   unpack_weights(Weights{false, p.groups, p.C, p.K, p.taps, p.channel_block}, blocks, panels, p.pieces,
@@ -181,7 +193,7 @@ void weight_grad(const ConvCall& call) {
 template <class S>
 int64_t weight_grad_scratch(const ConvGeometry& g, int threads) {
   typedef Compute<S> A;
-  Plan p = make_plan<A>(g);
+  Plan p = make_plan<A>(flattened({g, 0, 0, 0, 0, 0, 0}).g);
   return aligned(p.pieces * p.panel * sizeof(A)) + thread_bytes<A>(p) * threads;
 }
 

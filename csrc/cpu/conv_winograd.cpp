@@ -164,7 +164,7 @@ template <class A, int V>
 void multiply(int64_t tiles, const A* X, int64_t x_stride, const A* U, int64_t channels, const A* bias, A* Y) {
   constexpr int R = tile_rows(V);
   constexpr int64_t width = V * kLanes<A>;
-  CorrelateTile<A> g{{1, 1, 1}, channels, {}, {}, x_stride, width, kLanes<A>, 0, 1, bias};
+  CorrelateTile<A> g{{1, 1, 1}, channels, {}, {}, x_stride, width, kLanes<A>, 0, 1, false, bias};
   int64_t parts = ceil_div(tiles, R);
   for (int64_t i = 0; i < parts; ++i) {
     Range r = piece(tiles, parts, i);

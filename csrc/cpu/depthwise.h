@@ -9,37 +9,12 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 * 1024;  // of source that the rows of a block share
 constexpr int64_t kRowBytes = 28 * 1024;     // of source that the taps of a piece of a row read
-constexpr int64_t kStreamBytes = 32 << 20;   // outputs of this size and more are stored past the caches
 constexpr int64_t kBlockVectors = 4;         // of channels
 constexpr int64_t kRowPositions = 512;       // of a block, along W
 
 template <class A>
 inline void in_register(Vec<A>& v) {  // else the compiler loads it again for each use
   asm("" : "+v"(v));
-}
-
-// A store past the caches, which neither reads the line first nor drives out what is still needed: for outputs too
-// large to be kept until they are read. p is aligned to what is stored; `end_streams` before others look.
-template <class S>
-inline void stream(S* p, Vec<Compute<S>> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 2) _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v));
-  else _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 2) _mm_stream_si128((__m128i*)p, (__m128i)narrow(v));
-  else _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-  store(p, v);
-#endif
-}
-inline void end_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-template <class S>
-inline bool streamable(const S* p) {
-  return reinterpret_cast<uintptr_t>(p) % (kLanes<Compute<S>> * sizeof(S)) == 0;
 }
 
 // Vectors of channels where they fill at least half of one; else of voxels.

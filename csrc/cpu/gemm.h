@@ -18,12 +18,18 @@ struct CorrelateTile {
   int64_t y_row;
   int tail;            // lanes in use of the last vector
   int64_t begin, end;  // taps (d, h) of this pass; every pass sums from zero and is then added to y
+  bool stream;         // y past the caches: a single pass, no tail
   const A* bias;       // [V * lanes], what the first pass is added to; nullptr: y
 };
 
 template <class A, int V>
-__attribute__((always_inline)) inline void add_row(const A* base, bool whole, A* y, int tail, const Vec<A>* acc) {
+__attribute__((always_inline)) inline void add_row(const A* base, bool whole, bool past, A* y, int tail,
+                                                   const Vec<A>* acc) {
   constexpr int L = kLanes<A>;
+  if (past) {
+    for (int v = 0; v < V; ++v) stream(y + v * L, load(base + v * L) + acc[v]);
+    return;
+  }
   for (int v = 0; v < V - 1; ++v) store(y + v * L, load(base + v * L) + acc[v]);
   A* last = y + (V - 1) * L;
   base += (V - 1) * L;
@@ -70,7 +76,7 @@ __attribute__((noinline)) void correlate_tile(const CorrelateTile<A>& g, const A
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
     A* row = y + t * g.y_row;
-    add_row<A, V>(g.bias ? g.bias : row, g.bias != nullptr, row, g.tail, acc[t]);
+    add_row<A, V>(g.bias ? g.bias : row, g.bias != nullptr, g.stream, row, g.tail, acc[t]);
   }
 }
 

@@ -128,6 +128,37 @@ inline void store(S* p, Vec<Compute<S>> v, int n) {
 }
 #endif
 
+constexpr int64_t kStreamBytes = 32 << 20;  // outputs of this size and more are stored past the caches
+
+// A store past the caches, which neither reads the line first nor drives out what is still needed: for outputs too
+// large to be kept until they are read. p is aligned to what is stored; `end_streams` before others look.
+template <class S>
+inline void stream(S* p, Vec<Compute<S>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v));
+  else _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 2) _mm_stream_si128((__m128i*)p, (__m128i)narrow(v));
+  else _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+template <class S>
+inline bool streamable(const S* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes<Compute<S>> * sizeof(S)) == 0;
+}
+
+template <class S>
+inline void fetch(const S* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + i, 0, 3);
+}
+
 template <class T>
 inline T min(T a, T b) {
   return b < a ? b : a;
