@@ -17,7 +17,6 @@ namespace {
 
 constexpr int64_t kWindowBytes = 1024 * 1024;       // half of L2
 constexpr int64_t kSpaceItems = 32;                 // cut space at least this fine, output channels half as fine
-constexpr int64_t kStreamBytes = 32 * 1024 * 1024;  // outputs beyond it are not kept in caches
 constexpr int64_t kFewProducts = 1 << 24;           // 30 us on one core: below it no team
 
 struct Plan {
