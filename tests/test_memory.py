@@ -635,24 +635,3 @@ def test_tensors_alive_at_the_end() -> None:
         """
     )
     assert out.strip() == "done"
-
-
-def test_speed_of_a_reused_block() -> None:
-    """What the pool is for: after a free, 64 MB are filled sooner than fresh memory is."""
-
-    def best(make: Callable[[], Tensor]) -> float:
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            make().fill_(1)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    torch.set_num_threads(1)
-    reused = best(lambda: memory.empty((64 * MB,), torch.uint8))
-    memory.set_limit(0)
-    assert reused < best(lambda: memory.empty((64 * MB,), torch.uint8))
-
-
-def test_the_public_names() -> None:
-    assert convoxel.memory.stats()["limit"] is None and memory.keep_freed.__doc__

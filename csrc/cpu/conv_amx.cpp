@@ -15,9 +15,9 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kWindowBytes = 1024 * 1024;       // half of L2
-constexpr int64_t kSpaceItems = 32;                 // cut space at least this fine, output channels half as fine
-constexpr int64_t kFewProducts = 1 << 24;           // 30 us on one core: below it no team
+constexpr int64_t kWindowBytes = 1024 * 1024;  // half of L2
+constexpr int64_t kSpaceItems = 32;            // cut space at least this fine, output channels half as fine
+constexpr int64_t kFewProducts = 1 << 24;      // 30 us on one core: below it no team
 
 struct Plan {
   bool transposed;  // G

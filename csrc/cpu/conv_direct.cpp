@@ -134,26 +134,36 @@ void run_phase(const Item<A>& it, const Phase* f, const A* panel, const A* bias,
   g.tail = tail;
   int64_t planes = g.taps[kD] * g.taps[kH] * (g.taps[kW] > 0);  // 0: only the bias
   int64_t pass = max<int64_t>(1, kPassProducts / max<int64_t>(1, g.taps[kW] * g.channels));
-  g.stream = it.stream && planes <= pass && tail == kLanes<A>;
+  int64_t all = g.channels, cuts = max<int64_t>(1, ceil_div(all, kPassProducts));  // of one tap's channels
+  g.stream = it.stream && planes <= pass && cuts == 1 && tail == kLanes<A>;
   constexpr int R = tile_rows(V);
+  constexpr int64_t kSome = kPassPixels / R;  // register tiles of a long row
   int64_t parts = ceil_div(n[kW], R), rows = max<int64_t>(1, kPassPixels / max<int64_t>(1, n[kW]));
+  auto over_pixels = [&](int64_t d, int64_t first, int64_t part, const A* from, const A* weights) {
+    for (int64_t h = first; h < min(first + rows, n[kH]); ++h) {
+      const A* row = from + d * it.tile[kD].out_step * x_axis[kD] + h * it.tile[kH].out_step * x_axis[kH];
+      A* y = out + d * y_step[kD] + h * y_step[kH];
+      for (int64_t i = part; i < min(part + kSome, parts); ++i) {
+        Range r = piece(n[kW], parts, i);
+        if (it.ahead && g.bias) fetch(row + (r.end + R) * g.x_row, (r.end - r.begin) * g.x_row);
+        with_rows<R>(r.end - r.begin, [&](auto T) {
+          correlate_tile<A, T(), V>(g, row + r.begin * g.x_row, weights, y + r.begin * g.y_row);
+        });
+      }
+    }
+  };
   for (int64_t d = 0; d < n[kD]; ++d)
     for (int64_t first = 0; first < n[kH]; first += rows)
-      for (g.begin = 0; g.begin == 0 || g.begin < planes; g.begin += pass) {
-        g.end = min(g.begin + pass, planes);
-        g.bias = g.begin == 0 ? bias : nullptr;
-        for (int64_t h = first; h < min(first + rows, n[kH]); ++h) {
-          const A* row = x + d * it.tile[kD].out_step * x_axis[kD] + h * it.tile[kH].out_step * x_axis[kH];
-          A* y = out + d * y_step[kD] + h * y_step[kH];
-          for (int64_t i = 0; i < parts; ++i) {
-            Range r = piece(n[kW], parts, i);
-            if (it.ahead) fetch(row + (r.end + R) * g.x_row, (r.end - r.begin) * g.x_row);
-            with_rows<R>(r.end - r.begin, [&](auto T) {
-              correlate_tile<A, T(), V>(g, row + r.begin * g.x_row, panel, y + r.begin * g.y_row);
-            });
+      for (int64_t part = 0; part < parts; part += kSome)
+        for (g.begin = 0; g.begin == 0 || g.begin < planes; g.begin += pass) {
+          g.end = min(g.begin + pass, planes);
+          for (int64_t cut = 0; cut < cuts; ++cut) {
+            Range c = piece(all, cuts, cut);
+            g.channels = c.end - c.begin;
+            g.bias = g.begin == 0 && cut == 0 ? bias : nullptr;
+            over_pixels(d, first, part, x + c.begin, panel + c.begin * width);
           }
         }
-      }
 }
 
 template <class A>
