@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
@@ -635,3 +634,7 @@ def test_tensors_alive_at_the_end() -> None:
         """
     )
     assert out.strip() == "done"
+
+
+def test_the_public_names() -> None:
+    assert convoxel.memory.stats()["limit"] is None and memory.keep_freed.__doc__
