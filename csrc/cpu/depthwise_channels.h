@@ -180,7 +180,6 @@ void correlate_channels(const ChannelPlan& p, const View<S>& x, const S* x_end, 
   int64_t most = p.axis[kD].kernel * p.axis[kH].kernel, per_thread = aligned(most * sizeof(TapRow<S>));
   int64_t chunk = row_chunk<S>(p.axis, p.blocks.width, kPositions);
   bool streams = p.blocks.N * y.n * int64_t(sizeof(S)) >= kStreamBytes && p.C % kLanes<A> == 0;
-  const bool ahead = __builtin_expect(x_end - x.data > 0, 1);
   parallel_for(threads, p.blocks.tiles * p.blocks.c_blocks, [&](int64_t item, int thread) {
     TapRow<S>* rows = reinterpret_cast<TapRow<S>*>(scratch + thread * per_thread);
     Block k = block(p.blocks, p.axis, item / p.blocks.c_blocks, item % p.blocks.c_blocks);
@@ -197,13 +196,6 @@ void correlate_channels(const ChannelPlan& p, const View<S>& x, const S* x_end, 
           S* to = plane + (f.first + b.begin[kW] * p.axis[kW].phases) * p.C;
           for (int64_t h = k.begin[kH]; h < k.end[kH] && positions > 0; ++h) {
             g.n = f.taps ? tap_rows(p.axis, in_d, reach(p.axis[kH], h), x.data + k.n * x.n, x.axis, rows) : 0;
-            if (ahead &&
-                g.n) {  // the row after the next: of the last plane that this one reads, and of the block's channels
-              const S* next = g.rows[g.n - 1].x + p.axis[kH].in_step * x.axis[kH] + max<int64_t>(0, g.at) * p.C + b.c;
-              if (p.blocks.c_blocks == 1) fetch(next, min((positions - 1) * g.x_pos, x_end - next));
-              else
-                for (int64_t i = 0; i < positions; ++i) fetch(next + i * g.x_pos, b.channels);
-            }
             correlate_phase<S>(p, b, g, positions, panel + f.w_first * p.stride, bias, to + h * y.axis[kH], x_end,
                                streams);
           }
