@@ -7,14 +7,21 @@ namespace {
 
 constexpr int64_t kItem = 64 * 1024;  // elements
 
-// Calls f(first, n) for every vector; n lanes count.
-template <class A, class F>
-void each_vector(int64_t n, int threads, const F& f) {
+// y[i ..] = f(i, n) for every vector; n lanes count.
+template <class S, class F>
+void each_vector(S* y, int64_t n, int threads, const F& f) {
+  typedef Compute<S> A;
   constexpr int L = kLanes<A>;
+  const std::integral_constant<int, L> whole;
+  const bool past = n * int64_t(sizeof(S)) >= kStreamBytes && streamable(y);
   parallel_for(threads, ceil_div(n, kItem), [&](int64_t item, int) {
     int64_t i = item * kItem, end = min(n, i + kItem);
-    for (; i + L <= end; i += L) f(i, std::integral_constant<int, L>());
-    if (i < end) f(i, int(end - i));
+    if (past) {
+      for (; i + L <= end; i += L) stream(y + i, f(i, whole));
+      end_streams();
+    }
+    for (; i + L <= end; i += L) store(y + i, f(i, whole));
+    if (i < end) store(y + i, f(i, int(end - i)), int(end - i));
   });
 }
 
@@ -26,14 +33,6 @@ template <class S>
 inline Vec<Compute<S>> read(const S* p, int n) {
   return load(p, n);
 }
-template <class S>
-inline void write(S* p, Vec<Compute<S>> v, std::integral_constant<int, kLanes<Compute<S>>>) {
-  store(p, v);
-}
-template <class S>
-inline void write(S* p, Vec<Compute<S>> v, int n) {
-  store(p, v, n);
-}
 
 // y = x > 0 ? x : x * slope. relu: y = x > 0 ? x : 0, and NaN stays NaN.
 template <class S>
@@ -43,14 +42,14 @@ void forward(const ActivationCall& call) {
   S* y = static_cast<S*>(call.y);
   Vec<A> slope = broadcast(A(call.slope)), zero{};
   if (call.relu)
-    each_vector<A>(call.n, call.threads, [&](int64_t i, auto n) {
+    each_vector(y, call.n, call.threads, [&](int64_t i, auto n) {
       Vec<A> v = read(x + i, n);
-      write(y + i, v <= zero ? zero : v, n);
+      return v <= zero ? zero : v;
     });
   else
-    each_vector<A>(call.n, call.threads, [&](int64_t i, auto n) {
+    each_vector(y, call.n, call.threads, [&](int64_t i, auto n) {
       Vec<A> v = read(x + i, n);
-      write(y + i, v > zero ? v : v * slope, n);
+      return v > zero ? v : v * slope;
     });
 }
 
@@ -62,12 +61,14 @@ void backward(const ActivationCall& call) {
   S* dx = static_cast<S*>(call.y);
   Vec<A> slope = broadcast(A(call.slope)), zero{};
   if (call.relu)
-    each_vector<A>(call.n, call.threads,
-                   [&](int64_t i, auto n) { write(dx + i, read(x + i, n) <= zero ? zero : read(dy + i, n), n); });
-  else
-    each_vector<A>(call.n, call.threads, [&](int64_t i, auto n) {
+    each_vector(dx, call.n, call.threads, [&](int64_t i, auto n) {
       Vec<A> g = read(dy + i, n);
-      write(dx + i, read(x + i, n) > zero ? g : g * slope, n);
+      return read(x + i, n) <= zero ? zero : g;
+    });
+  else
+    each_vector(dx, call.n, call.threads, [&](int64_t i, auto n) {
+      Vec<A> g = read(dy + i, n);
+      return read(x + i, n) > zero ? g : g * slope;
     });
 }
 

@@ -108,13 +108,15 @@ struct Pass {
   const Plan p;
   const S *x, *dy;
   S *y, *dx;
+  const bool large;  // what is written goes past the caches
   const A *w, *b;
   double *one, *two;         // sums of a channel in a segment: [planes, segments, channels]
   double *sum_g, *sum_gh;    // of dy and dy h: [N, C]
   double *mean_g, *mean_gh;  // of each mean
   char* columns_;
 
-  explicit Pass(const NormCall& c) : call(c), g(make_groups(c)), p(make_plan<S>(g)) {
+  explicit Pass(const NormCall& c)
+      : call(c), g(make_groups(c)), p(make_plan<S>(g)), large(c.N * c.C * c.P * int64_t(sizeof(S)) >= kStreamBytes) {
     x = static_cast<const S*>(c.x), dy = static_cast<const S*>(c.dy);
     y = static_cast<S*>(c.y), dx = static_cast<S*>(c.dx);
     w = static_cast<const A*>(c.w), b = static_cast<const A*>(c.b);
@@ -157,6 +159,7 @@ struct Pass {
     int64_t begin = segment_offset(p, plane, segment);
     each_block(p, segment_pixels(p, segment),
                [&](int64_t at, int64_t rows, int64_t width) { f(begin + at, rows, width); });
+    if (large) end_streams();
   }
 
   void write_y(int64_t plane, int64_t segment, int thread) const {
@@ -170,7 +173,7 @@ struct Pass {
     });
     for (int i = 0; i < 3; ++i) expand(p, k.constant[i]);
     blocks(plane, segment, [&](int64_t at, int64_t rows, int64_t width) {
-      apply(x + at, y + at, rows, width, k.constant[0], k.constant[1], k.constant[2]);
+      apply(x + at, y + at, rows, width, large, k.constant[0], k.constant[1], k.constant[2]);
     });
   }
 
@@ -217,7 +220,7 @@ struct Pass {
     });
     for (int i = 0; i < 5; ++i) expand(p, c_[i]);
     blocks(plane, segment, [&](int64_t at, int64_t rows, int64_t width) {
-      apply_grad(dy + at, x + at, dx + at, rows, width, c_[0], c_[1], c_[2], c_[3], c_[4]);
+      apply_grad(dy + at, x + at, dx + at, rows, width, large, c_[0], c_[1], c_[2], c_[3], c_[4]);
     });
   }
 
@@ -229,7 +232,7 @@ struct Pass {
     });
     expand(p, k.constant[0]), expand(p, k.constant[1]);
     blocks(plane, segment, [&](int64_t at, int64_t rows, int64_t width) {
-      apply(dy + at, dx + at, rows, width, k.constant[0], k.constant[1], k.constant[0]);
+      apply(dy + at, dx + at, rows, width, large, k.constant[0], k.constant[1], k.constant[0]);
     });
   }
 

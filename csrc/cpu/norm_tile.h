@@ -24,8 +24,9 @@ inline auto part(const S* p, int n) {
   else return n == kLanes<Compute<S>> ? load(p) : load(p, n);
 }
 template <int V, class S>
-inline void put(S* p, Vec<Compute<S>> v, int n) {
-  if (V > 1 || n == kLanes<Compute<S>>) store(p, v);
+inline void put(S* p, Vec<Compute<S>> v, int n, bool past = false) {
+  if (past) stream(p, v);
+  else if (V > 1 || n == kLanes<Compute<S>>) store(p, v);
   else store(p, v, n);
 }
 template <int V, class S>
@@ -65,17 +66,18 @@ void add_deviations(const S* x, int64_t rows, int64_t width, A scale, const A* s
   });
 }
 
-// y = (x - m) * a + b
+// y = (x - m) * a + b; large: past the caches
 template <class S, class A>
-void apply(const S* x, S* y, int64_t rows, int64_t width, const A* m_, const A* a_, const A* b_) {
+void apply(const S* x, S* y, int64_t rows, int64_t width, bool large, const A* m_, const A* a_, const A* b_) {
   constexpr int L = kLanes<A>;
+  const bool past = large && width % L == 0 && streamable(y);
   strips<A>(width, [&](auto V, int64_t j, int n) {
     Vec<A> m[V()], a[V()], b[V()];
     parts<V()>(m_ + j, n, m), parts<V()>(a_ + j, n, a), parts<V()>(b_ + j, n, b);
     for (int64_t r = 0; r < rows; ++r)
       for (int v = 0; v < V(); ++v) {
         int64_t at = r * width + j + v * L;
-        put<V()>(y + at, (part<V()>(x + at, n) - m[v]) * a[v] + b[v], n);
+        put<V()>(y + at, (part<V()>(x + at, n) - m[v]) * a[v] + b[v], n, past);
       }
   });
 }
@@ -100,11 +102,12 @@ void add_products(const S* dy, const S* x, int64_t rows, int64_t width, const A*
   });
 }
 
-// dx = dy * a + (x - m) * k * b + c
+// dx = dy * a + (x - m) * k * b + c; large: past the caches
 template <class S, class A>
-void apply_grad(const S* dy, const S* x, S* dx, int64_t rows, int64_t width, const A* m_, const A* k_, const A* a_,
-                const A* b_, const A* c_) {
+void apply_grad(const S* dy, const S* x, S* dx, int64_t rows, int64_t width, bool large, const A* m_, const A* k_,
+                const A* a_, const A* b_, const A* c_) {
   constexpr int L = kLanes<A>;
+  const bool past = large && width % L == 0 && streamable(dx);
   strips<A>(width, [&](auto V, int64_t j, int n) {
     Vec<A> m[V()], k[V()], a[V()], b[V()], c[V()];
     parts<V()>(m_ + j, n, m), parts<V()>(k_ + j, n, k), parts<V()>(a_ + j, n, a);
@@ -113,7 +116,7 @@ void apply_grad(const S* dy, const S* x, S* dx, int64_t rows, int64_t width, con
       for (int v = 0; v < V(); ++v) {
         int64_t at = r * width + j + v * L;
         Vec<A> h = (part<V()>(x + at, n) - m[v]) * k[v];
-        put<V()>(dx + at, part<V()>(dy + at, n) * a[v] + (h * b[v] + c[v]), n);
+        put<V()>(dx + at, part<V()>(dy + at, n) * a[v] + (h * b[v] + c[v]), n, past);
       }
   });
 }
