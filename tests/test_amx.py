@@ -29,6 +29,7 @@ TILES = problems(
     "conv n2 c32 k64 i7x30x31 f3x3x3 s2x2x2 p1x1x1",
     "conv n1 c320 k16 i6x6x6 f3x3x3 s2x2x2 p1x1x1",
     "conv n1 c33 k65 i30x72 f1x1",
+    "conv n2 c64 k96 i3x5x32 f1x1x1",
     "conv n1 c32 k32 i300 f5 p2",
     "conv n2 c32 k32 i70x50 f3x3 p1x1",
     "conv_transpose n1 c64 k32 i5x9x10 f2x2x2 s2x2x2",

@@ -4,8 +4,9 @@
 // An item of work is (image, piece of D, tile of H and W, some pairs of blocks of output channels). It goes along D
 // in slabs: the window of x is packed, what it shares with the one before is kept; then for every 32 output channels
 // and every 32 positions all taps and input channels are summed up in four tiles: 4 products for 4 loads. The
-// weights of 32 output channels (54 KB at 32 input channels, 540 KB at 320) stream from L2: measured 0.83 of the
-// peak at 32 channels on a Sapphire Rapids, and no faster in passes whose weights stay in L1.
+// weights of 32 output channels (54 KB at 32 input channels, 540 KB at 320) stream from L2, which bounds the products
+// of a Sapphire Rapids at 0.8 of the peak for 32 input channels and 0.7 for more. Tried without gain: passes whose
+// weights stay in L1 (the sums then move instead), tiles of 3 x 2, 4 x 1 and 6 x 1, weights prefetched to L1.
 #include "conv_amx.h"
 
 #include "tables.h"
@@ -15,15 +16,17 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kWindowBytes = 1024 * 1024;  // half of L2
-constexpr int64_t kSpaceItems = 32;            // cut space at least this fine, output channels half as fine
-constexpr int64_t kFewProducts = 1 << 24;      // 30 us on one core: below it no team
+constexpr int64_t kWindowBytes = 640 * 1024;  // a third of L2: as much again comes ahead of time, the rest is weights
+constexpr int64_t kFewRows = 60;              // of a window along W: fewer have too much halo, and are cut shorter
+constexpr int64_t kSpaceItems = 32;           // cut space at least this fine, output channels half as fine
+constexpr int64_t kFewProducts = 1 << 24;     // 30 us on one core: below it no team
 
 struct Plan {
   bool transposed;  // G
   int64_t N, C, K, blocks, pairs, taps;
   Axis axis[kAxes];
   bool by_taps[kAxes], flat;  // flat: positions of a tile run on over the ends of rows along W
+  bool in_place;              // tiles are loaded from x itself
   int64_t tiles[kAxes], slabs_per_item, pieces, pairs_per_item, chunks, items;
   int64_t window, lines, steps, index[kAxes];  // elements of scratch
 };
@@ -48,13 +51,23 @@ inline void choose_layout(Plan& p) {
   }
 }
 
+// One tap that meets every position: channels-last x has the tiles already.
+inline bool needs_no_window(const Plan& p, bool last) {
+  bool whole = last && p.C % kChannels == 0 && p.axis[kW].in % kRows == 0;
+  for (const Axis& a : p.axis)
+    whole = whole && a.kernel == 1 && a.phases == 1 && a.in_step == 1 && a.lowest == 0 && a.in == a.out;
+  return whole;
+}
+
 inline bool fits(const Plan& p) { return window_positions(p) * kChannels * int64_t(sizeof(bfloat16)) <= kWindowBytes; }
 
 // Rows along W whole where they fit, then several along H, whose halo is packed twice, then slices of a slab.
 inline void choose_tiles(Plan& p) {
   Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
   d->tile = h->tile = 1, w->tile = w->count;
-  while (!fits(p) && w->tile > kRows) w->tile = round_up(ceil_div(w->tile, 2), kRows);
+  while (window_positions(p) * kChannels * 2 * kFewRows > kWindowBytes * extent(*d, 1) * extent(*h, 1) &&
+         w->tile > kRows)
+    w->tile = round_up(ceil_div(w->tile, 2), kRows);
   for (bool grown = true; grown;) {
     grown = false;
     for (Axis* a : {h, d}) {
@@ -81,7 +94,8 @@ inline Plan make_plan(const ConvGeometry& g, bool transposed) {
   p.C = transposed ? g.K : g.C, p.K = transposed ? g.C : g.K;
   p.blocks = ceil_div(p.C, kChannels), p.pairs = ceil_div(p.K, kOutputs);
   for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
-  choose_layout(p);
+  p.in_place = needs_no_window(p, transposed ? g.y_last : g.x_last);
+  if (!p.in_place) choose_layout(p);
   choose_tiles(p);
   p.slabs_per_item = ceil_div(p.axis[kD].count, p.axis[kD].tile), p.pairs_per_item = p.pairs;
   count_items(p);
@@ -161,7 +175,8 @@ struct Item {
   Window steps;
   const bfloat16* window;
   Step* sum;
-  float* sums;  // [2][32 positions, 32]
+  float* sums;   // [2][32 positions, 32]
+  Ahead* ahead;  // of x
 };
 
 // How the positions of one phase's slab are cut into tiles: 16 each of `slice` positions, `pitch` of them a row.
@@ -184,7 +199,8 @@ inline Positions place_positions(const Item& it, const Phase* f) {
     s.n[a] = positions(p.axis[a], it.tile[a], f[a]);
     start[a] = origin(p.axis[a], it.tile[a], f[a]);
   }
-  s.d = it.tile[kD].out_step * it.steps.slice, s.h = it.tile[kH].out_step * it.steps.row, s.w = it.tile[kW].out_step;
+  s.d = it.tile[kD].out_step * it.steps.slice, s.h = it.tile[kH].out_step * it.steps.row;
+  s.w = it.tile[kW].out_step * it.steps.position;
   s.pitch = p.flat ? it.steps.w : round_up(s.n[kW], kRows);
   s.per_slice = ceil_div(p.flat ? (s.n[kH] - 1) * s.pitch + s.n[kW] : s.n[kH] * s.pitch, kRows);
   int64_t w = p.by_taps[kW] ? f[kW].w_first * it.steps.copy : start[kW];
@@ -269,7 +285,11 @@ void run_tiles(const Item& it, const Positions& s, int64_t steps, const bfloat16
     bool two = i + 1 < tiles;
     float* sums = it.sums + now * 2 * kRows * kOutputs;
     const Pending& before = pending[now ^ 1];
-    auto aside = [&](int64_t step) { before.store_some(step); };
+    auto aside = [&](int64_t step) {
+      before.store_some(step);
+      it.ahead->fetch();
+      it.ahead->fetch();
+    };
     const bfloat16* x[2] = {s.tile(i), s.tile(two ? i + 1 : i)};
     if (two) multiply<2, Q>(it.sum, steps, x, x_row, panel, sums, aside);
     else multiply<1, Q>(it.sum, steps, x, x_row, panel, sums, aside);
@@ -327,14 +347,15 @@ inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w,
   if (b) convert(b, bias, p.K);
   int64_t outputs = p.N * p.K * p.axis[kD].out * p.axis[kH].out * p.axis[kW].out;
   bool stream = y.c == 1 && p.K % kOutputs == 0 && (reinterpret_cast<uintptr_t>(y.data) & 63) == 0 &&
-                outputs * int64_t(sizeof(bfloat16)) > kStreamBytes;
+                outputs * int64_t(sizeof(bfloat16)) >= kStreamBytes;
   int64_t per_thread = thread_bytes(p);
   parallel_for(threads, p.items, [&](int64_t item, int thread) {
     TileState state;
     char* mine = scratch + thread * per_thread;
     bfloat16* window = take<bfloat16>(mine, p.window);
     bfloat16* lines = take<bfloat16>(mine, p.lines);
-    Item it{&p, {}, {}, {}, window, take<Step>(mine, p.steps), take<float>(mine, 4 * kRows * kOutputs)};
+    Ahead ahead;
+    Item it{&p, {}, {}, {}, window, take<Step>(mine, p.steps), take<float>(mine, 4 * kRows * kOutputs), &ahead};
     PackedAxis before{};
     int64_t chunk = item % p.chunks, rest = item / p.chunks;
     for (int a = kW; a >= kD; --a) {
@@ -351,8 +372,18 @@ inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w,
       Window old = it.steps;
       it.steps = window_steps(it.packed, p.by_taps[kW] ? it.tile[kW].n : it.packed[kW].extent, p.blocks);
       int64_t kept = carry_slices(before, it.packed[kD], it.steps, old, window);
-      pack_slices(x, n, p.C, it.packed, it.steps, kept, window, lines);
-      before = it.packed[kD];
+      if (p.in_place) {
+        it.steps = {p.axis[kW].in, 1, x.axis[kH] / kChannels, 0, x.axis[kD] / kChannels, 1, p.blocks, p.blocks};
+        it.window = target_in(x, {{it.tile[kD].begin, it.tile[kH].begin, it.tile[kW].begin}, {}}, n, 0).data;
+      } else {
+        pack_slices(x, n, p.C, it.packed, it.steps, kept, window, lines);
+        before = it.packed[kD];
+      }
+      int64_t next = max<int64_t>(0, before.first + before.extent);
+      int64_t slices = min(p.axis[kD].tile * p.axis[kD].in_step, p.axis[kD].in - next);
+      ahead = slab + 1 < end && before.dense
+                  ? Ahead(x, n, p.C, next, max<int64_t>(0, slices), it.packed[kH], p.axis[kW].in)
+                  : Ahead();
       for (int64_t pair = first; pair < last; ++pair) {
         int64_t k = pair * kOutputs;
         Output out{

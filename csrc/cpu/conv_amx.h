@@ -99,10 +99,11 @@ inline TileAxis place(const Axis& t, int64_t tile, bool by_taps, PackedAxis& pac
 struct Window {
   int64_t w, copies;  // positions of a row; rows along W are packed this many times
   int64_t row, copy, slice, block, blocks;
+  int64_t position;  // from one to the next along W
 };
 
 inline Window window_steps(const PackedAxis* p, int64_t w, int64_t blocks) {
-  Window s{w, p[kW].extent / w, w, 0, 0, 0, blocks};
+  Window s{w, p[kW].extent / w, w, 0, 0, 0, blocks, 1};
   s.copy = s.row * p[kH].extent, s.slice = s.copy * s.copies, s.block = s.slice * p[kD].extent;
   return s;
 }
@@ -177,6 +178,40 @@ inline void pack_slices(const View<bfloat16>& x, int64_t n, int64_t C, const Pac
         for (int64_t q = 0; q < to.copies; ++q) zero(out + (b * to.block + q * to.copy) * kChannels, to.w * kChannels);
     }
 }
+
+// Brings the slices of x that come next into L2, a line at a time, while tiles are multiplied: runs of whole rows along
+// W, of one channel each where x is contiguous.
+struct Ahead {
+  const View<bfloat16>* x = nullptr;
+  const bfloat16* image = nullptr;
+  int64_t channels = 0, first = 0, rows = 0, row = 0, runs = 0, run_bytes = 0;  // rows: along H of a slice
+  const int64_t* index = nullptr;                                               // of rows
+  const char *at = nullptr, *end = nullptr;
+
+  Ahead() {}
+  Ahead(const View<bfloat16>& x, int64_t n, int64_t C, int64_t first, int64_t slices, const PackedAxis& h, int64_t W)
+      : x(&x),
+        image(x.data + n * x.n),
+        channels(x.c == 1 ? 1 : C),
+        first(first),
+        rows(h.extent),
+        runs(slices * h.extent * channels),
+        run_bytes(W * (x.c == 1 ? x.axis[kW] : 1) * int64_t(sizeof(bfloat16))),
+        index(h.index) {}
+
+  void fetch() {
+    if (at >= end) {
+      if (row >= runs) return;
+      int64_t h = index[row / channels % rows];
+      at = reinterpret_cast<const char*>(image + (first + row / channels / rows) * x->axis[kD] +
+                                         max<int64_t>(0, h) * x->axis[kH] + row % channels * x->c);
+      end = at + (h < 0 ? 0 : run_bytes), ++row;
+      if (h < 0) return;
+    }
+    _mm_prefetch(at, _MM_HINT_T1);
+    at += 64;
+  }
+};
 
 // Slices that the window of this slab shares with the one before move to its front; how many: 0 if none.
 inline int64_t carry_slices(const PackedAxis& before, const PackedAxis& d, const Window& steps, const Window& old,

@@ -230,7 +230,7 @@ inline void pack_dy(const Item& it, const View<bfloat16>& y, int64_t n, int64_t 
                          {wide, true, w->begin, p.axis[kW].out, nullptr}};
   for (int i : {kD, kH})
     for (int64_t j = 0; j < a[i].extent; ++j) a[i].index[j] = a[i].first + j;
-  Window lines{wide, 1, wide, plane, steps * kStepPositions, steps * kStepPositions * it.tile[kD].n, 1};
+  Window lines{wide, 1, wide, plane, steps * kStepPositions, steps * kStepPositions * it.tile[kD].n, 1, 1};
   for (int64_t k = 0; k < channels; k += kOutputs) {
     View<bfloat16> from = y;
     from.data += (k0 + k) * y.c;
@@ -328,7 +328,7 @@ inline void add_piece(const Plan& p, const View<bfloat16>& x, const View<bfloat1
     it.tile[kH] = place(p.axis[kH], h, p.by_taps, it.rows_of_x);
     it.tile[kW] = {w * p.axis[kW].tile, min(p.axis[kW].tile, p.axis[kW].out - w * p.axis[kW].tile), true, 0, 0};
     int64_t wide = even(it.tile[kW].n);
-    it.steps = {wide, p.axis[kW].kernel, wide, wide * it.rows_of_x.extent, 0, 0, c_blocks};
+    it.steps = {wide, p.axis[kW].kernel, wide, wide * it.rows_of_x.extent, 0, 0, c_blocks, 1};
     it.steps.slice = it.steps.copy * it.steps.copies, it.steps.block = it.steps.slice * p.ring;
     pack_x(it, x, n, cb * kChannels, channels);
     pack_dy(it, y, n, kb * kOutputs, outputs, index);
