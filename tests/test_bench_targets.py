@@ -126,9 +126,9 @@ def test_errors_and_scaling() -> None:
     wrong = [
         {"algorithm": a, "error": e} for a, e in (("high", 2e-6), ("winograd 4x4x4", 4e-6), ("direct", 1.0))
     ]
-    assert cells(wrong, "accuracy")["precision high, relative L2 error"] == ("4.0e-06", "yes")
+    assert cells(wrong, "accuracy")["fp32 high, relative L2 error"] == ("4.0e-06", "yes")
     wrong[0]["error"] = 2e-5
-    assert cells(wrong, "accuracy")["precision high, relative L2 error"] == ("2.0e-05", "**no**")
+    assert cells(wrong, "accuracy")["fp32 high, relative L2 error"] == ("2.0e-05", "**no**")
     cubes = [{"work": "w", "size": s, "threads": n, "ms": s**3 / n} for s in (10, 20, 30) for n in (1, 2)]
     found = cells(cubes, "scaling")
     assert found["threads"] == ("w 2.00x from 1 to 2", "")
