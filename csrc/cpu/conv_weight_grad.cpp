@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kSumPixelsPerPass =
     160;  // of one register pass: dy and x of it stay in L1, and the chain of sums is short
-constexpr int64_t kPiecePixels = 1024;
+constexpr int64_t kPiecePixels = 1024;             // of the outputs that share a panel, where there are enough
 constexpr int64_t kPanelBytes = 64 * 1024 * 1024;  // all pieces' panels together
 
 struct Plan {
@@ -68,7 +68,7 @@ Plan make_plan(const ConvGeometry& g) {
     p.axis[kD].tile = ceil_div(p.axis[kD].tile, 2);
   }
   int64_t room = max<int64_t>(1, kPanelBytes / (p.panel * int64_t(sizeof(A))));
-  // A piece costs a panel to and from memory: 1,024 pixels are 0.9 of its time; fewer only for a team of 16.
+  // A piece costs a panel to and from memory, so few pixels to a piece only where a team of 16 would have no work.
   int64_t pixels = p.N * p.axis[kD].out * p.axis[kH].out * p.axis[kW].out;
   int64_t worth = max(pixels / kPiecePixels, ceil_div(kMinItems / 4, others));
   p.pieces = min(min(p.all_tiles, worth), min(room, ceil_div(2 * kMinItems, others)));

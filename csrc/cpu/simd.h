@@ -154,6 +154,7 @@ inline bool streamable(const S* p) {
   return reinterpret_cast<uintptr_t>(p) % (kLanes<Compute<S>> * sizeof(S)) == 0;
 }
 
+// Brings n elements towards the first-level cache.
 template <class S>
 inline void fetch(const S* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + i, 0, 3);
