@@ -10,7 +10,7 @@ from torch import Tensor
 import convoxel
 from convoxel import functional as F
 from convoxel.geometry import Problem
-from convoxel.ops import route
+from convoxel.ops import conv, route
 from tolerance import relative_l2
 
 # Whole and ragged tiles, one tile and less, one to several blocks of channels and their tails, planes, groups,
@@ -71,9 +71,9 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
     monkeypatch.setattr(
         route, "tiles", lambda taps: [request.param if taps[0] == 3 else (1, *request.param[1:])]
     )
-    route.choose.cache_clear()
+    conv.planned.cache_clear()
     yield request.param
-    route.choose.cache_clear()
+    conv.planned.cache_clear()
 
 
 @pytest.mark.parametrize("text", PROBLEMS)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,19 +154,25 @@ def handed(op: str, reason: str) -> None:
         _state.handed[(op, reason)] += 1
 
 
-@contextmanager
-def serve(op: str, algorithm: str, describe: Callable[[], str], why: str = "") -> Iterator[None]:
+_QUIET = nullcontext()
+
+
+def serve(
+    op: str, algorithm: str, describe: Callable[[], str], why: str = ""
+) -> AbstractContextManager[None]:
     """Around a kernel: counts it, and prints one line of it when CONVOXEL_VERBOSE=1; why: this algorithm."""
     name = _C.isa()
     with _state.lock:
         _state.served[(op, algorithm, name)] += 1
-    if not _state.verbose:
-        yield
-        return
+    return _timed(op, describe, f"{algorithm} {name}", why) if _state.verbose else _QUIET
+
+
+@contextmanager
+def _timed(op: str, describe: Callable[[], str], by: str, why: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     ms = 1e3 * (time.perf_counter() - start)
-    print(f"convoxel {op} {describe()} {algorithm} {name} {ms:.3f} ms{why and f' ({why})'}", file=sys.stderr)
+    print(f"convoxel {op} {describe()} {by} {ms:.3f} ms{why and f' ({why})'}", file=sys.stderr)
 
 
 def stats() -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ import torch.nn.functional as T
 from .. import functional as F
 from .. import runtime
 from ..geometry import Problem
-from ..ops import route
+from ..ops import conv, route
 from . import results
 from .arguments import add_output, at_least_one, finish, measuring, start, words
 from .measure import served
@@ -81,14 +81,14 @@ def forced(algorithm: str, tile: route.Tile | None = None, precision: str = "hig
     runtime.set_float32_conv_precision(precision)
     if tile:
         route.tiles = lambda taps: iter([tile])
-    route.choose.cache_clear()
+    conv.planned.cache_clear()
     try:
         yield
     finally:
         route.tiles = tiles
         runtime.set_conv_algorithm(before)
         runtime.set_float32_conv_precision(chosen_precision)
-        route.choose.cache_clear()
+        conv.planned.cache_clear()
 
 
 def ways(p: Problem) -> Iterator[tuple[str, tuple[str, route.Tile | None, str]]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,19 @@ LARGEST = 2**40  # voxels of a padded axis: far beyond memory, and sums of sever
 def check(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b: Tensor | None, b_size: int,
           stride: Ints, padding: Ints, dilation: Ints, groups: int) -> tuple[int, ...]:  # fmt: skip
     """The output's shape (N, K, OD, OH, OW); RuntimeError with what, expected, received, remedy."""
+    shapes = (
+        None if s is None else tuple(s) for s in (x_shape, w_shape, y_shape, None if b is None else b.shape)
+    )
+    words = (op, *shapes, b_size, tuple(stride), tuple(padding), tuple(dilation), groups)
+    try:
+        return _checked(*words)
+    except TypeError:  # symbolic sizes have no hash
+        return _checked.__wrapped__(*words)
+
+
+@lru_cache(maxsize=4096)  # 15 of the 85 us that a small call took
+def _checked(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b_shape: Ints | None, b_size: int,
+             stride: Ints, padding: Ints, dilation: Ints, groups: int) -> tuple[int, ...]:  # fmt: skip
     shapes = f"x {tuple(x_shape)}, weight {tuple(w_shape)}, groups {groups}"
     names = f"(N, C, {SPATIAL_NAMES[len(stride)]})"
     if {len(x_shape), len(w_shape)} != {len(stride) + 2}:
@@ -64,8 +78,8 @@ def check(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b: Tensor
             f"{op}: given groups={groups}, weight of size {tuple(w_shape)}, expected input to have "
             f"{w_shape[1] * groups} channels, but got {x_shape[1]} channels instead; {shapes}"
         )
-    if b is not None and tuple(b.shape) != (b_size,):
-        raise RuntimeError(f"{op}: expected bias of shape ({b_size},), received {tuple(b.shape)}")
+    if b_shape is not None and b_shape != (b_size,):
+        raise RuntimeError(f"{op}: expected bias of shape ({b_size},), received {b_shape}")
     if min(w_shape[2:]) < 1:
         raise RuntimeError(f"{op}: kernel extents must be positive, received weight {tuple(w_shape)}")
     padded = [n + 2 * p for n, p in zip(x_shape[2:], padding, strict=True)]
@@ -117,19 +131,21 @@ def problem(geometry: list[int], dtype: torch.dtype, bias: bool) -> str:
                        bias=bias, last=bool(geometry[22]), dtype=name))  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
+def planned(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str, isa: str,
+            threads: int) -> tuple[route.Route, list[int], int]:  # fmt: skip
+    """What every call with these words has in common: its route, the geometry with it, bytes of scratch."""
+    chosen = route.choose(op, geometry, dtype, precision, algorithm, isa)
+    routed = [*geometry[:-4], *chosen.numbers]
+    return chosen, routed, getattr(_C, op + "_scratch")(runtime.DTYPES[dtype], routed, threads)
+
+
 def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> None:
     """One kernel over tensors that are dense in the layouts that the geometry states."""
     dtype, threads = runtime.DTYPES[x.dtype], runtime.threads()
-    chosen = route.choose(
-        op,
-        tuple(geometry),
-        x.dtype,
-        runtime.get_float32_conv_precision(),
-        runtime.get_conv_algorithm(),
-        runtime.isa(),
-    )
-    geometry = [*geometry[:-4], *chosen.numbers]
-    memory = scratch(getattr(_C, op + "_scratch")(dtype, geometry, threads))
+    how = runtime.get_float32_conv_precision(), runtime.get_conv_algorithm(), runtime.isa()
+    chosen, geometry, size = planned(op, tuple(geometry), x.dtype, *how, threads)
+    memory = scratch(size)
     with runtime.serve(
         op.removesuffix("_forward"),
         chosen.algorithm,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import ceil, prod
 
 import torch
@@ -121,10 +120,12 @@ def depthwise(geometry: tuple[int, ...]) -> bool:
 
 
 def columns_cycles(work: Work) -> float:
-    """Weights are read where they lie, vectors are of voxels; the columns are gathered element by element."""
+    """Weights are read where they lie, vectors are of voxels; the columns are gathered element by element, by an index
+    that each call makes."""
     pixels = work.images * prod(work.out)
     rows = prod(work.taps) * work.c
-    return work.groups * (ceil(pixels / LANES) * rows * (work.k / 2 / 0.8 + 20) + rows * work.k / LANES * 10)
+    products = ceil(pixels / LANES) * rows * (work.k / 2 / 0.8 + 20)
+    return work.groups * (products + rows * work.k / LANES * 10) + 30 * pixels * prod(work.taps)
 
 
 def amx_cycles(work: Work) -> float:
@@ -144,7 +145,6 @@ def amx_declined(groups: int, dtype: torch.dtype, algorithm: str, isa: str) -> s
     return "amx takes no groups" if groups > 1 else ""
 
 
-@lru_cache(maxsize=4096)
 def choose(
     op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str, isa: str = ""
 ) -> Route:
