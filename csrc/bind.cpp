@@ -147,6 +147,52 @@ void bind_norm(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+NormActCall norm_act_call(const std::array<int64_t, 7>& n, double eps, int threads) {
+  NormActCall c{};
+  static_cast<NormCall&>(c) = norm_call(n, eps, threads);
+  return c;
+}
+
+void bind_norm_act(py::module_& m) {
+  typedef std::array<int64_t, 7> Numbers;
+  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+  m.def(
+      "norm_act_scratch",
+      [](int dtype, const Numbers& numbers, int threads) {
+        return active_isa().norm_act[dtype].scratch(norm_act_call(numbers, 0, threads));
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("threads"));
+  m.def(
+      "norm_act",
+      [at](int dtype, const Numbers& numbers, double eps, int kind, double alpha, Pointer x, Pointer w, Pointer b,
+           Pointer slopes, Pointer residual, Pointer y, Pointer mean, Pointer var, Pointer scratch, int threads) {
+        NormActCall c = norm_act_call(numbers, eps, threads);
+        c.kind = kind, c.alpha = alpha, c.x = at(x), c.w = at(w), c.b = at(b), c.slopes = at(slopes);
+        c.residual = at(residual), c.y = at(y), c.scratch = at(scratch);
+        c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
+        active_isa().norm_act[dtype].forward(c);
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("eps"), py::arg("kind"), py::arg("alpha"), py::arg("x"),
+      py::arg("w"), py::arg("b"), py::arg("slopes"), py::arg("residual"), py::arg("y"), py::arg("mean"), py::arg("var"),
+      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "norm_act_backward",
+      [at](int dtype, const Numbers& numbers, double eps, int kind, double alpha, Pointer dy, Pointer x, Pointer w,
+           Pointer b, Pointer slopes, Pointer residual, Pointer mean, Pointer var, Pointer dx, Pointer dw, Pointer db,
+           Pointer dslopes, Pointer dresidual, Pointer scratch, int threads) {
+        NormActCall c = norm_act_call(numbers, eps, threads);
+        c.kind = kind, c.alpha = alpha, c.dy = at(dy), c.x = at(x), c.w = at(w), c.b = at(b);
+        c.slopes = at(slopes), c.residual = at(residual), c.dx = at(dx), c.dw = at(dw), c.db = at(db);
+        c.dslopes = at(dslopes), c.dresidual = at(dresidual), c.scratch = at(scratch);
+        c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
+        active_isa().norm_act[dtype].backward(c);
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("eps"), py::arg("kind"), py::arg("alpha"), py::arg("dy"),
+      py::arg("x"), py::arg("w"), py::arg("b"), py::arg("slopes"), py::arg("residual"), py::arg("mean"), py::arg("var"),
+      py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("dslopes"), py::arg("dresidual"), py::arg("scratch"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_activation(py::module_& m) {
   auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
   m.def(
@@ -258,6 +304,7 @@ PYBIND11_MODULE(_C, m) {
       m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].run; },
       [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].scratch; });
   bind_norm(m);
+  bind_norm_act(m);
   bind_activation(m);
   bind_resample(m);
   bind_pool(m);

@@ -54,6 +54,23 @@ struct Norm {
   int64_t (*scratch)(const NormCall&);  // bytes, for both
 };
 
+// y = act(z), z = norm(x) (+ residual). slopes, dslopes [C] of the compute type: of the leaky kind, alpha where nullptr
+// (identity: 1). fixed: mean and var are given to forward, and to backward that they do not depend on x.
+enum ActKind : int { kLeaky = 0, kRelu = 1 };  // ops/norm_act.py numbers them too
+
+struct NormActCall : NormCall {
+  int kind;
+  double alpha;
+  const void *slopes, *residual;  // residual as x
+  void *dslopes, *dresidual;
+};
+
+struct NormAct {
+  void (*forward)(const NormActCall&);
+  void (*backward)(const NormActCall&);
+  int64_t (*scratch)(const NormActCall&);  // bytes, for both
+};
+
 // n adjacent elements; x is the output where relu's gradient is asked. y: or dx.
 struct ActivationCall {
   int64_t n;
@@ -147,6 +164,7 @@ struct Kernels {
   const ConvKernel* conv_amx_weight;
   const ConvKernel* conv_bias_grad;  // b = y summed over all but K
   const Norm* norm;
+  const NormAct* norm_act;
   const Activation* activation;
   const Resample* resample;
   const MaxPool* max_pool;

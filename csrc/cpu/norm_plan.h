@@ -13,6 +13,7 @@ constexpr int64_t kSegmentBytes = 256 * 1024;  // an item: enough work to be wor
 constexpr int64_t kBlockBytes = 16 * 1024;     // stays in L1 between its two passes
 constexpr int64_t kBlockRows = 128;            // terms of one chain of sums: 4e-7 of error at most in float
 constexpr int64_t kRowElements = 1024;
+constexpr int kConstants = 7;  // of a column, at most
 
 struct Plan {
   int64_t planes, P, channels;
@@ -77,13 +78,13 @@ inline void each_block(const Plan& p, int64_t pixels, const F& f) {
 // One thread's constants and sums of the columns.
 template <class A>
 struct Columns {
-  A* constant[5];                      // [width]
+  A* constant[kConstants];             // [width]
   double *sum, *other, *mean, *spare;  // [width]
 };
 
 template <class A>
 int64_t columns_bytes(const Plan& p) {
-  return p.width * int64_t(5 * sizeof(A) + 4 * sizeof(double));
+  return p.width * int64_t(kConstants * sizeof(A) + 4 * sizeof(double));
 }
 
 template <class A>
@@ -92,7 +93,7 @@ Columns<A> columns(const Plan& p, char* at) {
   double* d = reinterpret_cast<double*>(at);
   c.sum = d, c.other = d + p.width, c.mean = d + 2 * p.width, c.spare = d + 3 * p.width;
   A* a = reinterpret_cast<A*>(d + 4 * p.width);
-  for (int i = 0; i < 5; ++i) c.constant[i] = a + i * p.width;
+  for (int i = 0; i < kConstants; ++i) c.constant[i] = a + i * p.width;
   return c;
 }
 

@@ -72,6 +72,46 @@ def norm_backward(
     scratch: int,
     threads: int,
 ) -> None: ...
+def norm_act_scratch(dtype: int, numbers: Sequence[int], threads: int) -> int: ...
+def norm_act(
+    dtype: int,
+    numbers: Sequence[int],
+    eps: float,
+    kind: int,
+    alpha: float,
+    x: int,
+    w: int,
+    b: int,
+    slopes: int,
+    residual: int,
+    y: int,
+    mean: int,
+    var: int,
+    scratch: int,
+    threads: int,
+) -> None: ...
+def norm_act_backward(
+    dtype: int,
+    numbers: Sequence[int],
+    eps: float,
+    kind: int,
+    alpha: float,
+    dy: int,
+    x: int,
+    w: int,
+    b: int,
+    slopes: int,
+    residual: int,
+    mean: int,
+    var: int,
+    dx: int,
+    dw: int,
+    db: int,
+    dslopes: int,
+    dresidual: int,
+    scratch: int,
+    threads: int,
+) -> None: ...
 def activation(dtype: int, n: int, relu: bool, slope: float, x: int, y: int, threads: int) -> None: ...
 def activation_backward(
     dtype: int, n: int, relu: bool, slope: float, dy: int, x: int, dx: int, threads: int
