@@ -211,6 +211,19 @@ void bind_activation(py::module_& m) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_cat(py::module_& m) {
+  m.def(
+      "cat",
+      [](const std::vector<Pointer>& parts, const std::vector<int64_t>& bytes, int64_t rows, Pointer whole, bool split,
+         int threads) {
+        auto* at = reinterpret_cast<void* const*>(parts.data());
+        active_isa().concatenate(
+            {rows, int64_t(parts.size()), at, bytes.data(), reinterpret_cast<void*>(whole), split, threads});
+      },
+      py::arg("parts"), py::arg("bytes"), py::arg("rows"), py::arg("whole"), py::arg("split"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // (N, C, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then the rest of PoolCall's numbers)
 typedef std::array<int64_t, 25> PoolNumbers;
 
@@ -308,6 +321,7 @@ PYBIND11_MODULE(_C, m) {
   bind_activation(m);
   bind_resample(m);
   bind_pool(m);
+  bind_cat(m);
   bind_memory(m);
 }
 

@@ -86,6 +86,19 @@ struct Activation {
   void (*backward)(const ActivationCall&);
 };
 
+// whole [rows, sum of bytes] from parts [rows, bytes], or with `split` the other way; parts that are nullptr are left
+// out.
+struct CatCall {
+  int64_t rows, count;
+  void* const* parts;
+  const int64_t* bytes;
+  void* whole;
+  bool split;
+  int threads;
+};
+
+typedef void (*CatFunction)(const CatCall&);
+
 // Interpolation of x [images, D, H, W, inner]: contiguous tensors have N C images, channels-last ones inner C.
 enum ResampleMode : int {  // ops/resample.py numbers them too
   kNearest = 0,
@@ -169,6 +182,7 @@ struct Kernels {
   const Resample* resample;
   const MaxPool* max_pool;
   const AvgPool* avg_pool;
+  CatFunction concatenate;  // of bytes: any dtype
   // Does `rounds` rounds of independent fused multiply-adds on each thread; returns the flops done.
   double (*fma_peak)(int64_t rounds, int threads);
 };

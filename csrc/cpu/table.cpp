@@ -48,6 +48,7 @@ extern const Kernels kernels = {isa,
                                 resample,
                                 max_pool,
                                 avg_pool,
+                                concatenate,
                                 fma_peak};
 }
 

@@ -21,5 +21,6 @@ extern const Activation activation[kDTypes];
 extern const Resample resample[kDTypes];
 extern const MaxPool max_pool[kDTypes];
 extern const AvgPool avg_pool[kDTypes];
+extern const CatFunction concatenate;
 }  // namespace CONVOXEL_ISA
 }  // namespace convoxel

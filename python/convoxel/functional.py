@@ -24,6 +24,7 @@ from torch.nn.functional import *  # noqa: F403
 from . import runtime
 from .geometry import check_float
 from .ops import activation as _activation
+from .ops import cat as _cat
 from .ops import conv as _conv
 from .ops import norm as _norm
 from .ops import pool as _pool
@@ -230,6 +231,11 @@ def relu(input, inplace=False):
 @_served(1)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
     return _activation.activation(input, check_float("leaky_relu", "negative_slope", negative_slope), inplace)
+
+
+def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat, large dense tensors of one layout in memory of the pool: y is (..., sum of the extents, ...)."""
+    return _cat.cat(tensors, dim)
 
 
 # Pooling. torch's autocast computes 3-D in float32, except max_pool3d with indices -----------------

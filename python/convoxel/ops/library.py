@@ -148,7 +148,7 @@ def _real(t: torch.Tensor) -> bool:
 
 
 def new(like: torch.Tensor, shape: Ints, last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-    dtype, layout = dtype or like.dtype, memory_format(last)
+    dtype, layout = dtype or like.dtype, memory_format(last, len(shape))
     if _real(like):
         return memory.empty(shape, dtype, layout)
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
