@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch  # noqa: F401  (first: the kernels then share torch's OpenMP threads)
 
 from . import functional, losses, metrics, models, nn, ops
+from .conversion import Report, accelerate, report, restore
 from .model import Model, Sequential
 from .runtime import (
     HandedToTorch,
@@ -32,7 +33,9 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "HandedToTorch",
     "Model",
+    "Report",
     "Sequential",
+    "accelerate",
     "functional",
     "get_conv_algorithm",
     "get_float32_conv_precision",
@@ -46,7 +49,9 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "report",
     "reset_stats",
+    "restore",
     "set_conv_algorithm",
     "set_float32_conv_precision",
     "set_isa",

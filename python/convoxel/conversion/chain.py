@@ -1,0 +1,116 @@
+"""Chains: layers that were called and wait, so that those that go together run as one.
+
+`call(layer, x)` returns a Chain where the layer may be part of a group, its value otherwise; `force` runs a chain
+and returns the tensor. What runs as one is decided here, when a chain is forced, from the layers as they are then:
+hooks, training flags and parameters may have changed since the last call. The groups are in blocks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.modules.module as _module
+from torch import Tensor, nn
+
+from .. import functional as F
+from . import blocks
+
+LAZY = "_convoxel_lazily"  # of a converted module's class: its forward with calls that wait
+ACTIVATIONS = {F.relu, F.leaky_relu}
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(torch.nn.functional, name): getattr(F, name)
+    for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+                 "max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+                 "interpolate", "relu", "leaky_relu")
+} | {torch.relu: F.relu}  # fmt: skip
+
+
+class Link(NamedTuple):
+    """A layer of a chain: of which kind (blocks.kind), and what runs it alone."""
+
+    kind: str
+    layer: Any
+    alone: Callable[[Any], Any]
+
+
+class Chain:
+    """x, and the layers that it goes through. It belongs to one name and is forced once."""
+
+    __slots__ = ("links", "x")
+
+    def __init__(self, x: Any, links: list[Link]) -> None:
+        self.x, self.links = x, links
+
+
+def _extended(x: Any, link: Link) -> Chain:
+    if not isinstance(x, Chain):
+        return Chain(x, [link])
+    x.links.append(link)
+    return x
+
+
+def call(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """function(x, ...), at once or when it is needed; x may be a chain."""
+    if not isinstance(function, nn.Module):
+        return _call_function(function, x, args, kwargs)
+    if args or kwargs or hooked(function):
+        return function(force(x), *args, **kwargs)
+    if kind := blocks.kind(function):
+        return _extended(x, Link(kind, function, function))
+    lazily = getattr(type(function), LAZY, None)
+    return function(force(x)) if lazily is None else lazily(function, x)
+
+
+def _call_function(function: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        function = FUNCTIONS.get(function, function)
+    except TypeError:  # a callable without a hash
+        return function(force(x), *args, **kwargs)
+    if function in ACTIVATIONS:
+        layer = blocks.activation_of(function.__name__, *args, **kwargs)
+        if layer is not None:
+            return _extended(x, Link("activation", layer, lambda t: function(t, *args, **kwargs)))
+    return function(force(x), *args, **kwargs)
+
+
+def add(x: Any, value: Any) -> Any:
+    """x += value."""
+
+    def alone(t: Any) -> Any:
+        t += value
+        return t
+
+    return _extended(x, Link("add", value, alone)) if isinstance(x, Chain) else alone(x)
+
+
+def force(x: Any) -> Any:
+    """The value of a chain; whatever else x is comes back as it is."""
+    if not isinstance(x, Chain):
+        return x
+    value, links, at = x.x, x.links, 0
+    while at < len(links):
+        value, at = _step(value, links, at)
+    return value
+
+
+def _step(x: Any, links: list[Link], at: int) -> tuple[Any, int]:
+    """Runs the links that go together from `at` on: their value, and the next link."""
+    group = blocks.group(x, links, at) if isinstance(x, Tensor) else None
+    return (links[at].alone(x), at + 1) if group is None else group
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see what goes in or comes out of this module alone."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    everywhere = (_module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
+                  _module._global_backward_pre_hooks)  # fmt: skip
+    return any(own) or any(everywhere) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+
+
+def sequential(self: nn.Sequential, x: Any) -> Any:
+    """torch.nn.Sequential.forward with calls that wait."""
+    for layer in self:
+        x = call(layer, x)
+    return x
