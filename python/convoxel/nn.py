@@ -147,6 +147,10 @@ class _BatchNorm(_nn.modules.batchnorm._BatchNorm):
     """torch's bookkeeping, our arithmetic."""
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.through(F.batch_norm, input)
+
+    def through(self, function: Callable[..., Tensor], input: Tensor) -> Tensor:
+        """`function`, which has batch_norm's arguments, of the input and this layer's state."""
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -156,7 +160,7 @@ class _BatchNorm(_nn.modules.batchnorm._BatchNorm):
         tracked = self.track_running_stats or not self.training
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
         training = self.training or (self.running_mean is None and self.running_var is None)
-        return F.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+        return function(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
 
 
 class BatchNorm1d(_BatchNorm, _nn.BatchNorm1d):
@@ -173,9 +177,13 @@ class BatchNorm3d(_BatchNorm, _nn.BatchNorm3d):
 
 class _InstanceNorm(_nn.modules.instancenorm._InstanceNorm):
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return self.through(F.instance_norm, input)
+
+    def through(self, function: Callable[..., Tensor], input: Tensor) -> Tensor:
+        """`function`, which has instance_norm's arguments, of the input and this layer's state."""
         use_input_stats = self.training or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
-        return F.instance_norm(
+        return function(
             input,
             self.running_mean,
             self.running_var,
@@ -225,7 +233,11 @@ class LazyInstanceNorm3d(_nn.LazyInstanceNorm3d, InstanceNorm3d):
 
 class GroupNorm(_nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return self.through(F.group_norm, input)
+
+    def through(self, function: Callable[..., Tensor], input: Tensor) -> Tensor:
+        """`function`, which has group_norm's arguments, of the input and this layer's state."""
+        return function(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class LayerNorm(_nn.LayerNorm):

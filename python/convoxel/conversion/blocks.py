@@ -1,27 +1,158 @@
-"""Which layers run as one: the kinds of layers, and the groups that a chain is cut into."""
+"""Which layers of a chain run as one: convolution, norm, addition and activation, in this order.
+
+A group begins at a norm, or at a convolution that a norm follows. Layers that do nothing now (dropout in
+evaluation, Identity) are passed over. What does not fit (other dtypes and devices, shapes that broadcast, unbatched
+images) is left to the layers themselves, which serve it or say what is wrong.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .. import nn as ours
+from ..ops import norm as _norm
+from ..ops.library import why_not
+from ..ops.norm_act import KINDS, Act, norm_act
+
+Norm = ours._BatchNorm | ours._InstanceNorm | ours.GroupNorm
+
+_KINDS: dict[type, str] = {
+    **dict.fromkeys((ours.Conv1d, ours.Conv2d, ours.Conv3d), "conv"),
+    **dict.fromkeys((ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d), "norm"),
+    **dict.fromkeys((ours.InstanceNorm1d, ours.InstanceNorm2d, ours.InstanceNorm3d, ours.GroupNorm), "norm"),
+    **dict.fromkeys((ours.ReLU, ours.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU), "activation"),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity), "nothing"),
+}
+_RANKS: dict[type, int] = {
+    getattr(ours, f"{name}{rank}d"): rank + 2 for name in ("BatchNorm", "InstanceNorm") for rank in (1, 2, 3)
+}
+_seen: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def kind(layer: nn.Module) -> str | None:
-    return _KINDS.get(type(layer))
-
-
-_KINDS: dict[type, str] = {}
-
-
-def activation_of(name: str, *args: Any, **kwargs: Any) -> nn.Module | None:
-    return None
-
-
-def group(x: Any, links: Sequence[Any], at: int) -> tuple[Any, int] | None:
-    return None
+    """conv, norm, activation or nothing: what this layer is to a chain now. None: it runs at once, alone."""
+    found = _KINDS.get(type(layer))
+    if found == "nothing" and layer.training and getattr(layer, "p", 0.0) > 0:
+        return None
+    return found
 
 
 def seen(layer: nn.Module) -> str:
-    return ""
+    """With what this layer ran as one the last time, "conv + norm + relu"; "" if alone."""
+    return _seen.get(layer, "")
+
+
+def act_of(layer: Any) -> Act | None:
+    """An activation layer as the operator `norm_act` has it; None for those that it has not."""
+    match layer:
+        case Act():
+            act = layer
+        case nn.LeakyReLU():
+            act = Act("leaky_relu", layer.negative_slope)
+        case nn.ReLU():
+            act = Act("relu")
+        case nn.PReLU():
+            act = Act("prelu", slopes=layer.weight)
+        case nn.ELU():
+            act = Act("elu", layer.alpha)
+        case nn.SiLU():
+            act = Act("silu")
+        case nn.GELU():
+            act = Act("gelu" if layer.approximate == "none" else "gelu_tanh")
+        case _:
+            return None
+    return act if act.kind in KINDS else None
+
+
+def group(x: Tensor, links: Sequence[Any], at: int) -> tuple[Tensor, int] | None:
+    """Runs the group that begins with links[at] on x (N, C, *): its value and the first link after it. None where
+    no group begins."""
+    conv = links[at].layer if links[at].kind == "conv" else None
+    first = at if conv is None else _next(links, at + 1)
+    if first == len(links) or links[first].kind != "norm":
+        return None
+    norm, end = links[first].layer, _next(links, first + 1)
+    if conv is not None and _folds(conv, norm):
+        _remember("conv + norm (folded)", conv, norm)
+        return _folded(conv, norm, x), first + 1
+    residual, act, parts = None, None, [norm]
+    if end < len(links) and links[end].kind == "add":
+        residual, end = links[end].layer, _next(links, end + 1)
+    if end < len(links) and links[end].kind == "activation" and (act := act_of(links[end].layer)):
+        parts.append(links[end].layer)
+        end += 1
+    if conv is not None:
+        return conv(x), first
+    if residual is None and act is None or not _fits(norm, x, residual, act):
+        return None
+    act = act or Act("identity")
+    _remember(" + ".join(["norm", *["residual"] * (residual is not None), *[act.kind] * (len(parts) > 1)]), *parts)
+    return _normalised(norm, x, act, residual), end
+
+
+def _next(links: Sequence[Any], at: int) -> int:
+    """The first link from `at` on that does something."""
+    while at < len(links) and links[at].kind == "nothing":
+        at += 1
+    return at
+
+
+def _remember(text: str, *layers: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _seen.update((layer, text) for layer in layers if isinstance(layer, nn.Module))
+
+
+def _fits(norm: Norm, x: Tensor, residual: Any, act: Act | None) -> bool:
+    """Whether `norm_act` takes these."""
+    slopes = None if act is None else act.slopes
+    if residual is not None:
+        if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype != x.dtype:
+            return False
+    if slopes is not None and slopes.numel() not in (1, x.shape[1] if x.dim() > 1 else 1):
+        return False
+    channels = norm.num_channels if isinstance(norm, ours.GroupNorm) else norm.num_features
+    rank = _RANKS.get(type(norm), x.dim())  # other ranks are unbatched images, or mistakes
+    fits = x.dim() == rank > 1 and x.shape[1] == channels and x.numel() > 0
+    return fits and why_not(x, residual, slopes, norm.weight) is None
+
+
+def _normalised(norm: Norm, x: Tensor, act: Act, residual: Tensor | None, moments: Any = None) -> Tensor:
+    """act(norm(x) + residual), with the layer's own bookkeeping. moments: mean and var of x, if they are known."""
+
+    def own(x: Tensor, w: Tensor | None, b: Tensor | None, groups: int, over_batch: bool, eps: float) -> Any:
+        return norm_act(x, w, b, groups, over_batch, eps, act, residual, moments)
+
+    def fixed(x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Any:
+        return norm_act(x, w, b, x.shape[1], True, eps, act, residual, (mean, var), True)[0]
+
+    if isinstance(norm, ours._BatchNorm):
+        return norm.through(partial(_norm.batch_norm, norm=own, norm_fixed=fixed), x)
+    if isinstance(norm, ours._InstanceNorm):
+        return norm.through(partial(_norm.instance_norm, norm=own, norm_fixed=fixed), x)
+    return norm.through(partial(_norm.group_norm, norm=own), x)
+
+
+def _folds(conv: Any, norm: Norm) -> bool:
+    """Whether the norm is a fixed scale and shift that nobody differentiates: then it goes into the weights."""
+    fixed = isinstance(norm, ours._BatchNorm) and not norm.training and norm.running_mean is not None
+    parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
+    if not fixed or torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+        return False
+    return conv.weight.shape[0] == norm.num_features and norm.running_var is not None
+
+
+def _folded(conv: Any, norm: Any, x: Tensor) -> Tensor:
+    """norm(conv(x)) with w' = w a and b' = (b - mean) a + beta, a = gamma / sqrt(var + eps), worked out in float64
+    in every call: they are never stale."""
+    a = (norm.running_var.double() + norm.eps).rsqrt()
+    a = a if norm.weight is None else a * norm.weight
+    b = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    b = b * a if norm.bias is None else b * a + norm.bias
+    w = conv.weight * a.view(-1, *(1,) * (conv.weight.dim() - 1))
+    return conv._conv_forward(x, w.to(conv.weight.dtype), b.to(conv.weight.dtype))

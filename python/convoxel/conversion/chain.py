@@ -8,6 +8,7 @@ hooks, training flags and parameters may have changed since the last call. The g
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.modules.module as _module
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.norm_act import Act
 from . import blocks
 
 LAZY = "_convoxel_lazily"  # of a converted module's class: its forward with calls that wait
@@ -69,10 +71,21 @@ def _call_function(function: Any, x: Any, args: tuple[Any, ...], kwargs: dict[st
     except TypeError:  # a callable without a hash
         return function(force(x), *args, **kwargs)
     if function in ACTIVATIONS:
-        layer = blocks.activation_of(function.__name__, *args, **kwargs)
-        if layer is not None:
-            return _extended(x, Link("activation", layer, lambda t: function(t, *args, **kwargs)))
+        alone = partial(_swapped, function, args, kwargs)
+        return _extended(x, Link("activation", _act(function, *args, **kwargs), alone))
     return function(force(x), *args, **kwargs)
+
+
+def _act(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of F.relu or F.leaky_relu as blocks.py has it; None if its arguments are not what they should be."""
+    if function is F.relu:
+        return Act("relu")
+    slope = args[0] if args else kwargs.get("negative_slope", 0.01)
+    return Act("leaky_relu", slope) if isinstance(slope, float | int) else None
+
+
+def _swapped(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Any) -> Any:
+    return function(x, *args, **kwargs)
 
 
 def add(x: Any, value: Any) -> Any:

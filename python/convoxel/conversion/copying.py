@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from copy import copy
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+REGISTRIES = frozenset(nn.Module().__dict__) - {"training"}  # a module's own books: parameters, modules, hooks
+
 
 def anew(network: nn.Module) -> nn.Module:
     """The network's modules as new objects. Parameters, buffers, hooks and whatever else they hold are the same
-    objects; references to modules of the network, in lists and dicts too, lead to the new ones, and a module that
-    is reached by two names stays one."""
-    made = {id(m): m.__class__.__new__(m.__class__) for m in network.modules()}
+    objects; references to modules of the network, in lists and dicts too, lead to the new ones, and what is reached
+    by two names stays one."""
+    made: Made = {id(m): (m, m.__class__.__new__(m.__class__)) for m in network.modules()}
     for module in network.modules():
-        made[id(module)].__dict__.update({k: _redirected(v, made) for k, v in module.__dict__.items()})
-    return made[id(network)]
+        state = {k: copy(v) if k in REGISTRIES else v for k, v in module.__dict__.items()}
+        made[id(module)][1].__dict__.update({k: _redirected(v, made) for k, v in state.items()})
+    return made[id(network)][1]
 
 
-def _redirected(value: Any, made: dict[int, nn.Module]) -> Any:
-    if isinstance(value, nn.Module):
-        return made.get(id(value), value)
+Made = dict[int, tuple[Any, Any]]  # by the old object's id: the old one, which keeps the id taken, and the new
+
+
+def _redirected(value: Any, made: Made) -> Any:
+    """The value, with new modules in place of old ones; itself where there are none."""
+    if id(value) in made:
+        return made[id(value)][1]
     if isinstance(value, MethodType) and id(value.__self__) in made:
-        return MethodType(value.__func__, made[id(value.__self__)])
-    if type(value) in (dict, OrderedDict):
-        return type(value)((k, _redirected(v, made)) for k, v in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_redirected(v, made) for v in value)
-    return value
+        return MethodType(value.__func__, made[id(value.__self__)][1])
+    if type(value) not in (list, tuple, dict, OrderedDict):
+        return value
+    old = list(value.items()) if isinstance(value, dict) else list(value)
+    new = [_redirected(v, made) for v in old]
+    if all(a is b for a, b in zip(old, new, strict=True)):
+        return value
+    made[id(value)] = value, type(value)(new)
+    return made[id(value)][1]

@@ -38,10 +38,13 @@ def original(module: nn.Module) -> type[nn.Module]:
 
 
 def kept(module: nn.Module) -> str | None:
-    """Why this module keeps its class, or None."""
-    own = type(module)
-    if own in LAYERS or hasattr(own, STANDS_FOR):
+    """Why this module keeps its class (a root: its forward as it is); "" if it is a mere list of modules, None if
+    it does not keep it."""
+    own = original(module)
+    if own in LAYERS:
         return None
+    if own in (nn.ModuleList, nn.ModuleDict):
+        return ""
     if own.__module__ == ours.__name__:
         return "is convoxel's already"
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):

@@ -38,4 +38,4 @@ def _to_last(t: Any) -> Any:
 
 
 def _to_contiguous(t: Any) -> Any:
-    return t.contiguous() if _is_image(t) else t
+    return t.contiguous() if isinstance(t, Tensor) and t.layout == torch.strided and t.dim() >= 4 else t

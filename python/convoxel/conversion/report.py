@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import blocks
-from .layers import LAYERS, MARK, STANDS_FOR, kept, original
+from .layers import LAYERS, MARK, kept, original
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A module: its name in the network, the class that it had, "converted", "fused", "container" or "left", and
-    of the last two why or how."""
+    """A module: its name in the network, the class that it had, what became of it ("converted", "fused", "left", or
+    "container" for those that only call others), and with what it is fused or why it was left."""
 
     name: str
     kind: str
@@ -71,7 +71,5 @@ def _entry(name: str, module: nn.Module) -> Entry:
         return Entry(name, kind, "fused", with_)
     if MARK in module.__dict__ or type(module) in LAYERS.values():
         return Entry(name, kind, "converted")
-    if why := kept(module):
-        leaf = not any(True for _ in module.children()) and not hasattr(type(module), STANDS_FOR)
-        return Entry(name, kind, "left" if leaf or "layer" not in why else "container", why)
-    return Entry(name, kind, "container")
+    why = kept(module)
+    return Entry(name, kind, "left", why) if why else Entry(name, kind, "container")

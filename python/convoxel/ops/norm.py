@@ -378,8 +378,9 @@ def _track(
 
 
 def batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, w: Tensor | None,
-               b: Tensor | None, training: bool, momentum: float, eps: float) -> Tensor:  # fmt: skip
-    """torch.nn.functional.batch_norm. x (N, C, *); the others (C)."""
+               b: Tensor | None, training: bool, momentum: float, eps: float, norm: Operator = norm,
+               norm_fixed: Operator = norm_fixed) -> Tensor:  # fmt: skip
+    """torch.nn.functional.batch_norm. x (N, C, *); the others (C). norm, norm_fixed: what computes y."""
     name = "batch_norm"
     momentum, eps = check_float(name, "momentum", momentum), check_float(name, "eps", eps)
     count = x.numel() // max(x.shape[1], 1) if isinstance(x, Tensor) and x.dim() > 1 else 0
@@ -402,9 +403,10 @@ def batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
 
 
 def instance_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, w: Tensor | None,
-                  b: Tensor | None, use_input_stats: bool, momentum: float, eps: float) -> Tensor:  # fmt: skip
+                  b: Tensor | None, use_input_stats: bool, momentum: float, eps: float, norm: Operator = norm,
+                  norm_fixed: Operator = norm_fixed) -> Tensor:  # fmt: skip
     """torch.nn.functional.instance_norm. x (N, C, *); the others (C). Running statistics take the mean over the
-    images; those of an empty batch leave them alone."""
+    images; those of an empty batch leave them alone. norm, norm_fixed: what computes y."""
     name = "instance_norm"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(x).__name__}")
@@ -426,8 +428,9 @@ def instance_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | 
     return y
 
 
-def group_norm(x: Tensor, groups: int, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    """torch.nn.functional.group_norm. x (N, C, *), w and b (C); `groups` divides C."""
+def group_norm(x: Tensor, groups: int, w: Tensor | None, b: Tensor | None, eps: float,
+               norm: Operator = norm) -> Tensor:  # fmt: skip
+    """torch.nn.functional.group_norm. x (N, C, *), w and b (C); `groups` divides C. norm: what computes y."""
     name = "group_norm"
     _check_input(name, x)
     if not isinstance(groups, (int, torch.SymInt)):
