@@ -37,7 +37,9 @@ class Residual(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv(outside, outside, 3, padding=1, bias=False)
         self.bn2 = norm(outside)
-        self.downsample = None if inside == outside else nn.Sequential(conv(inside, outside, 1), norm(outside))
+        self.downsample = (
+            None if inside == outside else nn.Sequential(conv(inside, outside, 1), norm(outside))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x
@@ -63,7 +65,9 @@ class Own(nn.Module):
         self.norm = nn.GroupNorm(2, channels)
         self.act = nn.PReLU(channels)
         self.down = conv(channels, 2 * channels, 3, stride=2, padding=1)
-        self.block = nn.ModuleList([Residual(rank, 2 * channels, 2 * channels), Residual(rank, 2 * channels, channels)])
+        self.block = nn.ModuleList(
+            [Residual(rank, 2 * channels, 2 * channels), Residual(rank, 2 * channels, channels)]
+        )
         self.up = up(channels, channels, 2, 2)
         self.last = nn.Sequential(nn.Dropout(0.0), conv(2 * channels, channels, 3, padding=1),
                                   getattr(nn, f"InstanceNorm{rank}d")(channels, affine=True), nn.ELU())  # fmt: skip

@@ -110,6 +110,15 @@ class Early(Base):
         return x
 
 
+class ReturnsInLoop(Base):
+    def forward(self, x):
+        for layer in (self.norm, self.act)[: 2 * self.training]:
+            y = layer(x)
+            return y
+        z = self.conv(x)
+        return z
+
+
 class Unused(Base):
     """Nobody reads what the norm returns, but it counts the batch."""
 
@@ -151,7 +160,7 @@ class Keywords(Base):
 
 
 FORWARDS = [Straight, Nested, ReadBetween, ChangedBetween, AddedToItself, Added, AddedBroadcast, Asked, Looped, Early,
-            Unused, Tuples, Private, Super, Keywords]  # fmt: skip
+            ReturnsInLoop, Unused, Tuples, Private, Super, Keywords]  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,27 +1,22 @@
 """Networks that people already have, on convoxel's kernels: `accelerate`, `report`, `restore`.
 
-    layers     which class each module gets
-    rewrite    a forward whose calls wait for the next one
-    chain      the layers that wait, and what becomes of them
-    blocks     which of them run as one
-    layout     channels-last inside, the input's format outside
-    copying    new modules around the same parameters
-    report     what was converted, fused, left
+layers     which class each module gets
+rewrite    a forward whose calls wait for the next one
+chain      the layers that wait, and what becomes of them
+blocks     which of them run as one
+layout     channels-last inside, the input's format outside
+copying    new modules around the same parameters
+report     what was converted, fused, left
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from torch import nn
-
 from . import layers
-from .copying import anew
+from .copying import Network, anew
+from .layers import check_module
 from .report import Report, report
 
 __all__ = ["Report", "accelerate", "report", "restore"]
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def accelerate(model: Network, *, inplace: bool = False) -> Network:
@@ -48,7 +43,7 @@ def accelerate(model: Network, *, inplace: bool = False) -> Network:
     >>> net(torch.randn(1, 1, 64, 64, 64)).shape
     torch.Size([1, 2, 64, 64, 64])
     """
-    _check("accelerate", model)
+    check_module("accelerate", model)
     network = model if inplace else anew(model)
     for module in network.modules():
         layers.convert(module, root=module is network)
@@ -63,12 +58,7 @@ def restore(model: Network) -> Network:
     >>> type(net) is nn.Conv2d
     True
     """
-    _check("restore", model)
+    check_module("restore", model)
     for module in model.modules():
         layers.restore(module)
     return model
-
-
-def _check(name: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: expected a torch.nn.Module, received {type(model).__name__}")

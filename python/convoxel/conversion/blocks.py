@@ -92,7 +92,9 @@ def group(x: Tensor, links: Sequence[Any], at: int) -> tuple[Tensor, int] | None
     if residual is None and act is None or not _fits(norm, x, residual, act):
         return None
     act = act or Act("identity")
-    _remember(" + ".join(["norm", *["residual"] * (residual is not None), *[act.kind] * (len(parts) > 1)]), *parts)
+    _remember(
+        " + ".join(["norm", *["residual"] * (residual is not None), *[act.kind] * (len(parts) > 1)]), *parts
+    )
     return _normalised(norm, x, act, residual), end
 
 
@@ -122,7 +124,7 @@ def _fits(norm: Norm, x: Tensor, residual: Any, act: Act | None) -> bool:
     return fits and why_not(x, residual, slopes, norm.weight) is None
 
 
-def _normalised(norm: Norm, x: Tensor, act: Act, residual: Tensor | None, moments: Any = None) -> Tensor:
+def _normalised(norm: Any, x: Tensor, act: Act, residual: Tensor | None, moments: Any = None) -> Tensor:
     """act(norm(x) + residual), with the layer's own bookkeeping. moments: mean and var of x, if they are known."""
 
     def own(x: Tensor, w: Tensor | None, b: Tensor | None, groups: int, over_batch: bool, eps: float) -> Any:

@@ -26,7 +26,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
                  "max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
                  "interpolate", "relu", "leaky_relu")
-} | {torch.relu: F.relu}  # fmt: skip
+} | {torch.relu: F.relu, torch.cat: F.cat, torch.concat: F.cat}  # fmt: skip
 
 
 class Link(NamedTuple):
@@ -116,10 +116,17 @@ def _step(x: Any, links: list[Link], at: int) -> tuple[Any, int]:
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see what goes in or comes out of this module alone."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    own = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     everywhere = (_module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
                   _module._global_backward_pre_hooks)  # fmt: skip
-    return any(own) or any(everywhere) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return (
+        any(own) or any(everywhere) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+    )
 
 
 def sequential(self: nn.Sequential, x: Any) -> Any:

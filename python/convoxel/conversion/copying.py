@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from copy import copy
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-REGISTRIES = frozenset(nn.Module().__dict__) - {"training"}  # a module's own books: parameters, modules, hooks
+Network = TypeVar("Network", bound=nn.Module)
+REGISTRIES = frozenset(nn.Module().__dict__) - {
+    "training"
+}  # a module's own books: parameters, modules, hooks
 
 
-def anew(network: nn.Module) -> nn.Module:
+def anew(network: Network) -> Network:
     """The network's modules as new objects. Parameters, buffers, hooks and whatever else they hold are the same
     objects; references to modules of the network, in lists and dicts too, lead to the new ones, and what is reached
     by two names stays one."""
@@ -23,7 +26,9 @@ def anew(network: nn.Module) -> nn.Module:
     return made[id(network)][1]
 
 
-Made = dict[int, tuple[Any, Any]]  # by the old object's id: the old one, which keeps the id taken, and the new
+Made = dict[
+    int, tuple[Any, Any]
+]  # by the old object's id: the old one, which keeps the id taken, and the new
 
 
 def _redirected(value: Any, made: Made) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from . import layout
 from .chain import LAZY, force, sequential
 from .rewrite import Unreadable, lazily
 
-STANDS_FOR = "_convoxel_stands_for"  # of a class made here: the class that it stands for, and whether it is a root
+STANDS_FOR = (
+    "_convoxel_stands_for"  # of a class made here: the class that it stands for, and whether it is a root
+)
 MARK = "_convoxel_converted"  # of a layer whose class was torch's before
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -27,6 +29,13 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     for name, own in vars(ours).items()
     if isinstance(own, type) and own.__module__ == ours.__name__ and hasattr(nn, name)
 }
+
+
+def check_module(name: str, model: object) -> None:
+    """TypeError unless `model`, the argument of the function `name`, is a module."""
+    if not isinstance(model, nn.Module):
+        received = model.__name__ + ", a class" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{name}: expected a torch.nn.Module, received {received}; pass the network itself")
 
 
 def original(module: nn.Module) -> type[nn.Module]:
@@ -68,12 +77,12 @@ def kept(module: nn.Module) -> str | None:
 
 def convert(module: nn.Module, root: bool) -> None:
     """Gives the module its class; `root`: it is the outermost of its network."""
-    own = type(module)
+    own: Any = type(module)
     if own in LAYERS:
         module.__class__ = LAYERS[own]
         module.__dict__[MARK] = True
     elif root and not isinstance(module, torch.jit.ScriptModule) and own.__module__ != ours.__name__:
-        module.__class__ = stand_in(original(module), True)
+        module.__class__ = stand_in(cast(Any, original(module)), True)
     elif kept(module) is None and not hasattr(own, STANDS_FOR):
         module.__class__ = stand_in(own, False)
 
@@ -85,7 +94,7 @@ def restore(module: nn.Module) -> None:
 
 
 @cache
-def stand_in(own: type[nn.Module], root: bool) -> type[nn.Module]:
+def stand_in(own: Any, root: bool) -> type[nn.Module]:
     """The class that stands for `own`. A root sets the memory format, so nothing waits in front of or behind it."""
     waits = _waiting(own)
 
@@ -125,5 +134,5 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _new, (make, own, root, *arguments[1:]), *rest
 
 
-def _new(make: Callable[..., Any], own: type[nn.Module], root: bool, *arguments: Any) -> nn.Module:
+def _new(make: Callable[..., Any], own: Any, root: bool, *arguments: Any) -> nn.Module:
     return make(stand_in(own, root), *arguments)

@@ -25,7 +25,9 @@ def channels_last(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _is_image(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.dim() in FORMATS and t.is_floating_point() and t.layout == torch.strided
+    return (
+        isinstance(t, Tensor) and t.dim() in FORMATS and t.is_floating_point() and t.layout == torch.strided
+    )
 
 
 def _to_last(t: Any) -> Any:

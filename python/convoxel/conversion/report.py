@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import blocks
-from .layers import LAYERS, MARK, kept, original
+from .layers import LAYERS, MARK, check_module, kept, original
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Report:
 
     def __str__(self) -> str:
         counts = Counter(e.state for e in self.entries)
-        head = ", ".join(f"{counts[s]} {s}" for s in ("converted", "fused", "left") if counts[s]) or "nothing here"
+        head = (
+            ", ".join(f"{counts[s]} {s}" for s in ("converted", "fused", "left") if counts[s])
+            or "nothing here"
+        )
         shown = [e for e in self.entries if e.state != "container"]
         width = max((len(e.name) for e in shown), default=0)
         lines = (f"{e.name:<{width}}  {e.kind:<18} {e.state:<9} {e.why}".rstrip() for e in shown)
@@ -50,6 +53,9 @@ def report(model: nn.Module) -> Report:
     Args:
         model: converted or not.
 
+    Raises:
+        TypeError: if `model` is no torch module.
+
     Returns:
         A Report; `print` shows it. Layers are "converted" (they run on our kernels), "fused" (the same, as one with
         the layers named, in the last forward pass), or "left" with the reason.
@@ -57,11 +63,12 @@ def report(model: nn.Module) -> Report:
     >>> net = convoxel.accelerate(nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.ReLU()))
     >>> y = net(torch.randn(1, 1, 16, 16))
     >>> print(convoxel.report(net))
-    3 fused
+    0 converted, 3 fused, 0 left
     0  Conv2d             fused     conv + norm + relu
     1  InstanceNorm2d     fused     conv + norm + relu
     2  ReLU               fused     conv + norm + relu
     """
+    check_module("report", model)
     return Report(tuple(_entry(name or "(the network)", module) for name, module in model.named_modules()))
 
 

@@ -28,7 +28,15 @@ from typing import Any, cast
 from . import chain
 
 HELPERS = {"convoxel_call": chain.call, "convoxel_force": chain.force, "convoxel_add": chain.add}
-SCOPES = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Yield, ast.YieldFrom, ast.Await)
+SCOPES = (
+    ast.Lambda,
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Yield,
+    ast.YieldFrom,
+    ast.Await,
+)
 
 
 class Unreadable(Exception):
@@ -70,12 +78,13 @@ def _source(function: FunctionType) -> ast.FunctionDef:
     found = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and (node.name, node.lineno) == (code.co_name, code.co_firstlineno)
+        if isinstance(node, ast.FunctionDef)
+        and (node.name, node.lineno) == (code.co_name, code.co_firstlineno)
     ]
     if len(found) != 1 or found[0].decorator_list:
         raise Unreadable("its forward is no plain function")
     if any(isinstance(node, SCOPES) for s in found[0].body for node in ast.walk(s)):
-        raise Unreadable("its forward has a function, a lambda or a generator inside")
+        raise Unreadable("its forward has a function, a lambda, a generator or a global name inside")
     return found[0]
 
 
@@ -173,13 +182,12 @@ class _Deferred:
         return [*before, s]
 
     def _return(self, s: ast.Return) -> list[ast.stmt]:
-        if isinstance(s.value, ast.Name) and s.value.id == self.waiting:
-            return [s]
-        if not _chain(s.value):
-            return [*self._forced(), s]
-        before = [] if self._passes(s.value) else self._forced()
-        s.value = _call(s.value)
-        return [*before, s]
+        passes = isinstance(s.value, ast.Name) and s.value.id == self.waiting
+        if s.value is not None and _chain(s.value):
+            passes = self._passes(s.value)
+            s.value = _call(s.value)
+        before = self._forced()
+        return [s] if passes else [*before, s]
 
     def _passes(self, value: ast.expr | None) -> bool:
         """Whether the chain call `value` reads the waiting name once, as what the innermost call is given."""
