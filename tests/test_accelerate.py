@@ -120,7 +120,9 @@ def test_what_is_fused_and_left(name):
     norms = [e for e in report.entries if e.kind.startswith(("Batch", "Group", "Instance"))]
     alone = {"AttentionUnet": 6, "ResidualEncoderUNet": 2, "DynUNet, residual": 6, "VNet": 24}
     assert sum(e.state != "fused" for e in norms) <= alone.get(name, 3)
-    assert str(report).startswith(f"{len(report.of('converted'))} converted, {len(report.of('fused'))} fused, ")
+    assert str(report).startswith(
+        f"{len(report.of('converted'))} converted, {len(report.of('fused'))} fused, "
+    )
 
 
 @pytest.mark.parametrize("name", ["PlainConvUNet", "SegResNet", "own, 3-D"])

@@ -37,10 +37,7 @@ class Report:
 
     def __str__(self) -> str:
         counts = Counter(e.state for e in self.entries)
-        head = (
-            ", ".join(f"{counts[s]} {s}" for s in ("converted", "fused", "left") if counts[s])
-            or "nothing here"
-        )
+        head = ", ".join(f"{counts[state]} {state}" for state in ("converted", "fused", "left"))
         shown = [e for e in self.entries if e.state != "container"]
         width = max((len(e.name) for e in shown), default=0)
         lines = (f"{e.name:<{width}}  {e.kind:<18} {e.state:<9} {e.why}".rstrip() for e in shown)
