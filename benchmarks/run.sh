@@ -34,12 +34,12 @@ measure around layers around small --repeats 3
 measure avx2-hot layers hot --isa avx2 --repeats 2
 measure avx2-layers layers "${rest[@]}" --isa avx2 --repeats 2
 measure avx2-around layers around --isa avx2 --repeats 2
-measure network-nnunet3d network --model nnunet3d --dtype f32,bf16 --peers onnxruntime,openvino --rounds 1 --repeats 1
-measure network-nnunet2d network --model nnunet2d --rounds 1 --repeats 2
-measure network-basicunet network --model basicunet --rounds 1 --repeats 2
-measure network-dynunet network --model dynunet --rounds 1 --repeats 1
-measure network-segresnet network --model segresnet --rounds 1 --repeats 2
-measure avx2-network-nnunet3d network --model nnunet3d --size 96,96,96 --isa avx2 --rounds 1 --repeats 1
+measure network-nnunet3d network nnunet3d --dtype f32,bf16 --peers onnxruntime,openvino --rounds 1 --repeats 1
+measure network-nnunet2d network nnunet2d --rounds 1 --repeats 2
+measure network-basicunet network basicunet --rounds 1 --repeats 2
+measure network-dynunet network dynunet --rounds 1 --repeats 1
+measure network-segresnet network segresnet --rounds 1 --repeats 2
+measure avx2-network-nnunet3d network nnunet3d --size 96,96,96 --isa avx2 --rounds 1 --repeats 1
 measure scaling scaling --repeats 2
 measure accuracy accuracy
 measure accuracy-bf16 accuracy --dtype bf16

@@ -187,7 +187,7 @@ def test_wrong_arguments_are_named(
 
 
 def test_a_network_in_processes_that_take_turns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ["network", "--model", "small", "--size", "16,16,16", "--rounds", "1"]
+    words = ["network", "small", "--size", "16,16,16", "--rounds", "1"]
     assert run(*words, "--repeats", "1", "--json", str(tmp_path / "r.json")) == 0
     found = rows(tmp_path / "r.json")
     assert [r["variant"] for r in found] == ["convoxel", "torch", "torch, memory kept"]
@@ -237,9 +237,25 @@ def test_twins_change_the_kernels_and_nothing_else() -> None:
         networks.build("small", (8, 8, 8), 1, True)[0],
     )
     assert {type(m).__module__ for m in ours.modules() if not list(m.children())} == {"convoxel.nn"}
-    for one, other in zip(networks.convoxel_twin(theirs).modules(), ours.modules(), strict=True):
-        assert type(one) is type(other)
+    assert {type(m).__module__ for m in theirs.modules() if not list(m.children())} <= {
+        f"torch.nn.modules.{name}" for name in ("conv", "instancenorm", "activation")
+    }
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+def test_any_network_can_be_named() -> None:
+    found = networks.named("monai.networks.nets.BasicUNet(2, in_channels=2, features=[8, 8, 8, 8, 8, 8])")
+    assert (found.patch, found.channels) == ((256, 256), 2)
+    work = network.Work("torch.nn.Conv3d(2, 4, kernel_size=(1, 3, 3))", (4, 8, 8), 1, 1, 1)
+    assert network.forward_flops(work) == 2 * 2 * 4 * 9 * 4 * 6 * 6
+    for wrong, words in (
+        ("nonsense", "expected nnunet3d"), ("torch.nn.Conv3d", "a call that makes"),
+        ("torch.nn.ReLU()", "no 2-D or 3-D"), ("torch.ones(3)", "makes a Tensor"), ("torch.nn.Conv2d(1, x, 3)", "importable name"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            networks.named(wrong)
+    with pytest.raises(ImportError, match="no_such_package"):
+        networks.named("no_such_package.Net()")
 
 
 # Other engines ------------------------------------------------------------------------------------
@@ -287,7 +303,7 @@ def test_peers_beside_ours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 @pytest.mark.parametrize(
     "words",
     [
-        ["network", "--model", "small", "--dtype", "bf16"],
+        ["network", "small", "--dtype", "bf16"],
         ["layers", "--problem", "relu n1 c4 i8", "--dtype", "bf16"],
     ],
 )
@@ -302,7 +318,7 @@ def test_onnxruntime_has_no_bfloat16(
 
 @pytest.mark.skipif(not INSTALLED["openvino"], reason="needs convoxel[bench]")
 def test_an_engine_beside_a_network(tmp_path: Path) -> None:
-    words = ["network", "--model", "small", "--size", "8,8,8", "--rounds", "1", "--repeats", "1"]
+    words = ["network", "small", "--size", "8,8,8", "--rounds", "1", "--repeats", "1"]
     assert run(*words, "--peers", "onnxruntime,openvino", "--json", str(tmp_path / "r.json")) == 0
     for row in rows(tmp_path / "r.json")[3:]:
         assert row["forward_ms"] > 0 and row["step_ms"] is None and row["difference"] < 1e-4
@@ -312,8 +328,8 @@ def test_an_engine_beside_a_network(tmp_path: Path) -> None:
     ("module", "words"),
     [
         ("openvino", ["--problem", "relu n1 c1 i4", "--peers", "openvino"]),
-        ("onnxruntime", ["network", "--model", "small", "--peers", "torch,onnxruntime"]),
-        ("monai", ["network", "--model", "basicunet"]),
+        ("onnxruntime", ["network", "small", "--peers", "torch,onnxruntime"]),
+        ("monai", ["network", "basicunet"]),
     ],
 )
 def test_what_is_not_installed_names_the_extra(

@@ -3,7 +3,7 @@
 Every variant runs in a process of its own, since what the allocator keeps is a setting of the process, and the
 processes take turns, A B C A B C:
 
-    convoxel            as it is after `import convoxel`: outputs from its pool; channels-last, as it runs best
+    convoxel            after `convoxel.accelerate`, its input as it is
     torch               as users run it: eager, contiguous, the default allocator
     torch, memory kept  the same with freed memory kept (`memory.keep_freed`), the better of both memory formats
     compile             torch.compile, otherwise as `torch`
@@ -24,13 +24,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import memory, runtime
 from . import peers, results
 from .arguments import add_machine, add_output, at_least_one, finish, sizes, start, words
 from .measure import spread
-from .networks import NETWORKS, build
+from .networks import CLASSES, NETWORKS, build, named
 from .operators import CHANNELS_LAST
 from .process import in_process
 
@@ -53,7 +54,7 @@ class Variant:
 def variants(engines: Sequence[str], dtypes: Sequence[str]) -> Iterator[Variant]:
     """Ours first; torch both as users run it and with freed memory kept. onnxruntime has float32 only."""
     for dtype in dtypes:
-        yield Variant("convoxel", dtype, layouts=(True,))
+        yield Variant("convoxel", dtype)
         yield Variant("torch", dtype)
         yield Variant("torch", dtype, True, (False, True))
         others = (e for e in engines if e != "torch" and (e, dtype) != ("onnxruntime", "bf16"))
@@ -83,7 +84,7 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Work:
-    """What every variant does: a network of `networks.NETWORKS` on images (N, 1, *size)."""
+    """What every variant does: a network (`networks.named`) on images (N, C, *size)."""
 
     name: str
     size: tuple[int, ...]
@@ -128,28 +129,38 @@ def by_torch(
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.99, nesterov=True)
     function = torch.compile(network) if variant.engine == "compile" else network
 
-    def logits() -> Tensor:
+    def outputs() -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=variant.dtype == "bf16"):
-            return function(x)
+            return [y for y in pytree.tree_leaves(function(x)) if isinstance(y, Tensor)]
 
     def forward() -> None:
         with torch.no_grad():
-            turn.logits = logits().flatten()[::every].tolist()
+            turn.logits = outputs()[0].flatten()[::every].tolist()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(logits().float(), labels).backward()
+        loss(outputs(), labels).backward()
         optimizer.step()
 
+    network.eval()
     turn.forward = timed(forward, repeats)
+    network.train()
     turn.step = timed(step, repeats)
+
+
+def loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy where the one output (N, K, *size) can have it with labels (N, *size), else the mean square."""
+    y = outputs[0].float()
+    if len(outputs) == 1 and y.dim() > 2 and y.shape[1] >= CLASSES and y.shape[2:] == labels.shape[1:]:
+        return nn.functional.cross_entropy(y, labels)
+    return torch.stack([y.float().square().mean() for y in outputs]).sum()
 
 
 def forward_flops(work: Work) -> int:
     """Multiplications and additions of a forward pass, as torch counts them."""
     network, x, _ = build(work.name, work.size, work.batch, True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.to("meta")(x.to("meta"))
+        network.to("meta").eval()(x.to("meta"))
     return counter.get_total_flops()
 
 
@@ -178,7 +189,9 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", choices=list(NETWORKS), default="nnunet3d", help="(default: nnunet3d)")
+    add("model", nargs="?", default="nnunet3d", metavar="MODEL", help=(
+        f"{', '.join(NETWORKS)} (default: nnunet3d), or any network that can be imported: "
+        '"monai.networks.nets.BasicUNet(3, 1, 2)"'))  # fmt: skip
     add("--size", type=sizes, metavar="D,H,W", help="voxels of a patch")
     add("--batch", type=at_least_one, help="images of a batch")
     add("--rounds", type=at_least_one, default=2, help="processes of each variant (default: 2)")
@@ -198,7 +211,7 @@ def run_network(args: argparse.Namespace) -> int:
     peers.check(args.peers, args.isa)
     if "onnxruntime" in args.peers and "f32" not in args.dtype:
         raise ValueError(peers.NO_BFLOAT16)
-    spec = NETWORKS[args.model]
+    spec = named(args.model)
     size, batch = args.size or spec.patch, args.batch or spec.batch
     if len(size) != len(spec.patch):
         received = ",".join(map(str, size))
@@ -206,7 +219,7 @@ def run_network(args: argparse.Namespace) -> int:
     work = Work(args.model, size, batch, args.repeats, args.threads or torch.get_num_threads())
     flops, machine = forward_flops(work), results.machine()
     print("\n".join(f"{k:<18} {v}" for k, v in machine.items()), "", sep="\n")
-    print(f"{work.name}: images {(batch, 1, *size)}, {flops / 1e9:.1f} GFLOP forward; "
+    print(f"{work.name}: images {(batch, spec.channels, *size)}, {flops / 1e9:.1f} GFLOP forward; "
           f"{args.rounds} x {args.repeats} calls each", flush=True)  # fmt: skip
     turns: dict[tuple[Variant, bool], list[Turn]] = {}
     for _ in range(args.rounds):
