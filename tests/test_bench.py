@@ -250,7 +250,8 @@ def test_any_network_can_be_named() -> None:
     assert network.forward_flops(work) == 2 * 2 * 4 * 9 * 4 * 6 * 6
     for wrong, words in (
         ("nonsense", "expected nnunet3d"), ("torch.nn.Conv3d", "a call that makes"),
-        ("torch.nn.ReLU()", "no 2-D or 3-D"), ("torch.ones(3)", "makes a Tensor"), ("torch.nn.Conv2d(1, x, 3)", "importable"),
+        ("torch.nn.ReLU()", "no 2-D or 3-D"), ("torch.ones(3)", "makes a Tensor"),
+        ("torch.nn.Conv2d(1, x, 3)", "importable"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             networks.named(wrong)
