@@ -69,6 +69,70 @@ const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   return of[g.algorithm][dtype];
 }
 
+// The forward that gathers moments; `conv_forward_slots` of an image, 0 where the algorithm has none.
+void bind_conv_moments(py::module_& m) {
+  m.def(
+      "conv_forward_moments",
+      [](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer b, Pointer y, Pointer moments,
+         Pointer scratch, int threads) {
+        auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+        ConvGeometry g = geometry(numbers);
+        kernel(correlate(g, dtype).forward)(
+            {g, at(x), at(w), at(b), at(y), at(scratch), threads, static_cast<double*>(at(moments))});
+      },
+      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"), py::arg("moments"),
+      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "conv_forward_slots",
+      [](int dtype, const ConvNumbers& numbers) {
+        ConvGeometry g = geometry(numbers);
+        ConvSlots slots = correlate(g, dtype).slots;
+        return slots ? slots(g) : int64_t(0);
+      },
+      py::arg("dtype"), py::arg("geometry"));
+}
+
+// (N, K, P, groups, over_batch, last)
+void bind_moments(py::module_& m) {
+  typedef std::array<int64_t, 6> Numbers;
+  auto call = [](const Numbers& n, int threads) {
+    MomentsCall c{};
+    c.N = n[0], c.K = n[1], c.P = n[2], c.groups = n[3], c.over_batch = n[4], c.last = n[5], c.threads = threads;
+    return c;
+  };
+  m.def(
+      "moments_slots",
+      [call](int dtype, const Numbers& numbers) { return active_isa().moments[dtype].of_image(call(numbers, 1)); },
+      py::arg("dtype"), py::arg("numbers"));
+  m.def(
+      "moments_scratch",
+      [call](int dtype, const Numbers& numbers, int threads) {
+        return active_isa().moments[dtype].scratch(call(numbers, threads));
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("threads"));
+  m.def(
+      "gather_moments",
+      [call](int dtype, const Numbers& numbers, Pointer y, Pointer slots, Pointer scratch, int threads) {
+        MomentsCall c = call(numbers, threads);
+        c.y = reinterpret_cast<void*>(y), c.slots = reinterpret_cast<double*>(slots);
+        c.scratch = reinterpret_cast<void*>(scratch);
+        active_isa().moments[dtype].gather(c);
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("y"), py::arg("slots"), py::arg("scratch"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "combine_moments",
+      [call](int dtype, const Numbers& numbers, Pointer slots, int64_t of_image, Pointer mean, Pointer var,
+             int threads) {
+        MomentsCall c = call(numbers, threads);
+        c.slots = reinterpret_cast<double*>(slots), c.of_image = of_image;
+        c.mean = reinterpret_cast<double*>(mean), c.var = reinterpret_cast<double*>(var);
+        return active_isa().moments[dtype].combine(c);
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("slots"), py::arg("of_image"), py::arg("mean"), py::arg("var"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
   const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight, k.conv_columns_weight,
@@ -316,6 +380,8 @@ PYBIND11_MODULE(_C, m) {
   bind_conv(
       m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].run; },
       [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].scratch; });
+  bind_conv_moments(m);
+  bind_moments(m);
   bind_norm(m);
   bind_norm_act(m);
   bind_activation(m);

@@ -15,16 +15,19 @@ struct ConvCall {
   void* y;  // [N, K, OD, OH, OW]
   void* scratch;
   int threads;
+  double* moments = nullptr;  // forward: slots [N][slots][count, mean, squared deviations][K] of y as stored
 };
 
 typedef void (*ConvFunction)(const ConvCall&);
 typedef int64_t (*ConvScratch)(const ConvGeometry&, int threads);  // bytes
+typedef int64_t (*ConvSlots)(const ConvGeometry&);                 // of an image
 
 // The same two by every algorithm; nullptr: not for this dtype.
 struct ConvCorrelate {
   ConvFunction forward;     // y = F(x, w) + b
   ConvFunction input_grad;  // x = G(y, w) + b: also the transposed convolution
   ConvScratch forward_scratch, input_grad_scratch;
+  ConvSlots slots = nullptr;  // nullptr: forward gathers no moments
 };
 
 struct ConvKernel {
@@ -69,6 +72,25 @@ struct NormAct {
   void (*forward)(const NormActCall&);
   void (*backward)(const NormActCall&);
   int64_t (*scratch)(const NormActCall&);  // bytes, for both
+};
+
+// Of y [N, K, P]: the moments of its parts in slots, as ConvCall has them, and what they make together.
+struct MomentsCall {
+  int64_t N, K, P, groups;
+  bool over_batch, last;  // last: stored as [N, P, K]
+  const void* y;
+  double* slots;
+  int64_t of_image;    // slots
+  double *mean, *var;  // [groups], of each image unless over_batch
+  void* scratch;
+  int threads;
+};
+
+struct Moments {
+  void (*gather)(const MomentsCall&);       // y -> slots
+  int64_t (*of_image)(const MomentsCall&);  // slots that `gather` fills
+  int64_t (*scratch)(const MomentsCall&);   // bytes, of `gather`
+  bool (*combine)(const MomentsCall&);      // slots -> mean, var; whether all are finite
 };
 
 // n adjacent elements; x is the output where relu's gradient is asked. y: or dx.
@@ -178,6 +200,7 @@ struct Kernels {
   const ConvKernel* conv_bias_grad;  // b = y summed over all but K
   const Norm* norm;
   const NormAct* norm_act;
+  const Moments* moments;
   const Activation* activation;
   const Resample* resample;
   const MaxPool* max_pool;

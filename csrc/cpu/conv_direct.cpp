@@ -10,6 +10,7 @@
 //   passes of a few taps whose weights stay in L1 while a row of register tiles goes by.
 #include <type_traits>
 
+#include "conv_moments.h"
 #include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
@@ -179,13 +180,14 @@ void run_block(const Item<A>& it, const A* panel, const A* bias, int vectors, in
 }
 
 template <class S, class A>
-void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, char* scratch, int threads) {
+void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, const Slots& slots,
+               char* scratch, int threads) {
   ChannelBlocks<A> blocks(p.K);
   A* panel = take<A>(scratch, p.panel);
   pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.channel_block}, blocks, w, panel, threads);
   constexpr bool same = std::is_same<S, A>::value;
   bool direct = same && y.c == 1;  // sums go straight to the output
-  bool large = direct && p.C <= p.channel_block && p.N * y.n * int64_t(sizeof(S)) >= kStreamBytes;
+  bool large = direct && !slots.data && p.C <= p.channel_block && p.N * y.n * int64_t(sizeof(S)) >= kStreamBytes;
   bool aligned_rows = y.axis[kW] % kLanes<A> == 0 && p.K % kLanes<A> == 0 && streamable(y.data);
   int64_t chunks = ceil_div(blocks.count, p.blocks_per_item), width = p.blocks_per_item * blocks.width;
   int64_t per_thread = aligned(p.window * sizeof(A)) + aligned(p.out_tile * sizeof(A)) + aligned(width * sizeof(A));
@@ -196,7 +198,7 @@ void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const Vi
     A* out_tile = take<A>(mine, p.out_tile);
     A* bias = take<A>(mine, width);
     // Items next to each other share the window: blocks of k first, then W, H, D, group, image.
-    int64_t chunk = item % chunks, rest = item / chunks;
+    int64_t chunk = item % chunks, rest = item / chunks, slot = rest % slots.of_image;
     Item<A> it{&p, {}, {}, 0, window, {}, false, large && aligned_rows, {}};
     for (int a = kW; a >= kD; --a) {
       it.packed[a].index = take<int64_t>(mine, p.index[a]);
@@ -238,6 +240,7 @@ void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const Vi
       }
     }
     if (it.stream) end_streams();
+    if (slots.data) gather_moments<S>(it.target, box.size, slots, n, slot, group * p.K + k0, channels);
     if (!direct) flush(it.target, y, box, n, group * p.K + k0, channels);
   });
 }
@@ -251,12 +254,22 @@ int64_t scratch_bytes(const Plan& p, int threads) {
   return aligned(p.panel * sizeof(A)) + each * threads;
 }
 
+inline int64_t slot_count(const Plan& p) { return p.tiles[kD] * p.tiles[kH] * p.tiles[kW]; }
+
+template <class S>
+int64_t slots(const ConvGeometry& g) {
+  ConvGeometry flat = flattened({g, 0, 0, 0, 0, 0, 0}).g;
+  return flat.N == g.N ? slot_count(make_plan<Compute<S>>(flat, false))
+                       : 0;  // an item may hold parts of several images
+}
+
 template <class S>
 void forward(const ConvCall& shaped) {
   ConvCall call = flattened(shaped);
   Plan p = make_plan<Compute<S>>(call.g, false);
   correlate<S, Compute<S>>(p, view_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_y<S>(call), static_cast<char*>(call.scratch), team(call.g, call.threads));
+                           view_y<S>(call), {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
+                           team(call.g, call.threads));
 }
 
 template <class S>
@@ -264,7 +277,8 @@ void input_grad(const ConvCall& shaped) {
   ConvCall call = flattened(shaped);
   Plan p = make_plan<Compute<S>>(call.g, true);
   correlate<S, Compute<S>>(p, view_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_x<S>(call), static_cast<char*>(call.scratch), team(call.g, call.threads));
+                           view_x<S>(call), {nullptr, 1, 0}, static_cast<char*>(call.scratch),
+                           team(call.g, call.threads));
 }
 
 template <class S, bool transposed>
@@ -274,7 +288,7 @@ int64_t correlate_scratch(const ConvGeometry& g, int threads) {
 
 template <class S>
 constexpr ConvCorrelate entries() {
-  return {forward<S>, input_grad<S>, correlate_scratch<S, false>, correlate_scratch<S, true>};
+  return {forward<S>, input_grad<S>, correlate_scratch<S, false>, correlate_scratch<S, true>, slots<S>};
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 // has once. What a tile computes depends neither on the region nor on the thread that it falls to.
 #include <type_traits>
 
+#include "conv_moments.h"
 #include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
@@ -140,13 +141,14 @@ struct Work {
   Region r;
   Side<S, A> x;
   Box box;
-  int64_t group, tiles;
+  int64_t group, tiles, slot;
   A* X;  // weights first: V transformed along D
 };
 
 template <class S, class A>
 void start(const Plan& p, int64_t item, Work<S, A>& work) {
-  int64_t rest = item / (p.regions[kD] * p.regions[kH] * p.regions[kW]);
+  int64_t regions = p.regions[kD] * p.regions[kH] * p.regions[kW], rest = item / regions;
+  work.slot = item % regions;
   work.r = make_region(p, item);
   work.group = rest % p.groups;
   work.x.n = rest / p.groups, work.x.c0 = work.group * p.C;
@@ -312,7 +314,7 @@ void transform_output(const Plan& p, const Work<S, A>& at, const A* M, int64_t m
 // One block of output channels of a region; U: or the packed weights.
 template <class S, class A>
 void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U, const S* b, const View<S>& y,
-                  const Scratch<A>& s) {
+                  const Slots& slots, const Scratch<A>& s) {
   constexpr bool same = std::is_same<S, A>::value;
   bool direct = same && y.c == 1;
   ChannelBlocks<A> blocks(p.K, p.block_vectors);
@@ -331,6 +333,7 @@ void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U,
     if (direct) target = target_in(y, work.box, work.x.n, k);
   }
   transform_output(p, work, s.M, m_step, width, direct ? used : width, target);
+  if (slots.data) gather_moments<S>(target, work.box.size, slots, work.x.n, work.slot, k, used);
   if (!direct) flush(target, y, work.box, work.x.n, k, used);
 }
 
@@ -362,30 +365,31 @@ Scratch<A> take_scratch(const Plan& p, char*& mine) {
 }
 
 template <class S, class A>
-void regions_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, char* scratch,
-                   int threads) {
+void regions_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, const Slots& slots,
+                   char* scratch, int threads) {
   A* U = take<A>(scratch, p.transformed);
   transform_weights(p, panel, U, threads);
   int64_t per_thread = thread_bytes<A>(p);
   parallel_for(threads, p.all, [&](int64_t item, int thread) {
     char* mine = scratch + thread * per_thread;
     Scratch<A> s = take_scratch<A>(p, mine);
-    Work<S, A> work{{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(mine, p.V)}, {}, 0, 0, nullptr};
+    Work<S, A> work{{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(mine, p.V)}, {}, 0, 0, 0, nullptr};
     for (int a = 0; a < kAxes; ++a) work.x.packed[a].index = take<int64_t>(mine, p.index[a]);
     start(p, item, work);
     alignas(64) A plane[36 * kLanes<A>];
     for (int64_t d = 0; d < work.x.packed[kD].extent; ++d)
       transform_rows<InputTransform>(p, work.r, work.x, d, 0, work.r.n[kH], s.rows, plane);
-    for (int64_t kb = 0; kb < ChannelBlocks<A>(p.K, p.block_vectors).count; ++kb) output_block(p, work, kb, U, b, y, s);
+    for (int64_t kb = 0; kb < ChannelBlocks<A>(p.K, p.block_vectors).count; ++kb)
+      output_block(p, work, kb, U, b, y, slots, s);
   });
 }
 
 template <class S, class A>
-void weights_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, char* scratch,
-                   int threads) {
+void weights_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, const Slots& slots,
+                   char* scratch, int threads) {
   Work<S, A> works[kBatch];
   for (int64_t i = 0; i < p.batch; ++i) {
-    works[i] = {{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)}, {}, 0, 0, nullptr};
+    works[i] = {{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)}, {}, 0, 0, 0, nullptr};
     works[i].X = take<A>(scratch, p.X);
     for (int a = 0; a < kAxes; ++a) works[i].x.packed[a].index = take<int64_t>(scratch, p.index[a]);
   }
@@ -412,18 +416,19 @@ void weights_first(const Plan& p, const View<S>& x, const A* panel, const S* b, 
       char* mine = scratch + thread * per_thread;
       Scratch<A> s = take_scratch<A>(p, mine);
       s.U = take<A>(mine, p.transformed);
-      output_block(p, works[item % count], item / count, panel, b, y, s);
+      output_block(p, works[item % count], item / count, panel, b, y, slots, s);
     });
   }
 }
 
 template <class S, class A>
-void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, char* scratch, int threads) {
+void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, const Slots& slots,
+               char* scratch, int threads) {
   A* panel = take<A>(scratch, p.panel);
   pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.C}, ChannelBlocks<A>(p.K, p.block_vectors), w, panel,
                threads);
-  if (p.weights_first) weights_first(p, x, panel, b, y, scratch, threads);
-  else regions_first(p, x, panel, b, y, scratch, threads);
+  if (p.weights_first) weights_first(p, x, panel, b, y, slots, scratch, threads);
+  else regions_first(p, x, panel, b, y, slots, scratch, threads);
 }
 
 template <class A>
@@ -431,18 +436,26 @@ int64_t scratch_bytes(const Plan& p, int threads) {
   return shared_bytes<A>(p) + thread_bytes<A>(p) * threads;
 }
 
+inline int64_t slot_count(const Plan& p) { return p.regions[kD] * p.regions[kH] * p.regions[kW]; }
+
+template <class S>
+int64_t slots(const ConvGeometry& g) {
+  return slot_count(make_plan<Compute<S>>(g, false));
+}
+
 template <class S>
 void forward(const ConvCall& call) {
   Plan p = make_plan<Compute<S>>(call.g, false);
   correlate<S, Compute<S>>(p, view_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_y<S>(call), static_cast<char*>(call.scratch), team(call.g, call.threads));
+                           view_y<S>(call), {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
+                           team(call.g, call.threads));
 }
 
 template <class S>
 void input_grad(const ConvCall& call) {
   Plan p = make_plan<Compute<S>>(call.g, true);
   correlate<S, Compute<S>>(p, view_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_x<S>(call), static_cast<char*>(call.scratch), team(call.g, call.threads));
+                           view_x<S>(call), {}, static_cast<char*>(call.scratch), team(call.g, call.threads));
 }
 
 template <class S, bool transposed>
@@ -452,7 +465,7 @@ int64_t correlate_scratch(const ConvGeometry& g, int threads) {
 
 template <class S>
 constexpr ConvCorrelate entries() {
-  return {forward<S>, input_grad<S>, correlate_scratch<S, false>, correlate_scratch<S, true>};
+  return {forward<S>, input_grad<S>, correlate_scratch<S, false>, correlate_scratch<S, true>, slots<S>};
 }
 
 }  // namespace

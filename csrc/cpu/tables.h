@@ -17,6 +17,7 @@ extern const ConvKernel conv_amx_weight[kDTypes];
 extern const ConvKernel conv_bias_grad[kDTypes];
 extern const Norm norm[kDTypes];
 extern const NormAct norm_act[kDTypes];
+extern const Moments moments[kDTypes];
 extern const Activation activation[kDTypes];
 extern const Resample resample[kDTypes];
 extern const MaxPool max_pool[kDTypes];

@@ -1,6 +1,16 @@
 """torch operators `torch.ops.convoxel.*`: one file a family, with schema, kernel call, fake and gradient."""
 
-from . import activation, cat, conv, norm, norm_act, pool, resample
+from . import activation, cat, conv, conv_block, norm, norm_act, pool, resample
 from .library import registered
 
-__all__ = ["activation", "cat", "conv", "norm", "norm_act", "pool", "registered", "resample"]
+__all__ = [
+    "activation",
+    "cat",
+    "conv",
+    "conv_block",
+    "norm",
+    "norm_act",
+    "pool",
+    "registered",
+    "resample",
+]
