@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, runtime
+from . import saved
 from .library import SMALL, Operator, empty_like, register
 
 
@@ -49,6 +50,29 @@ def _run_backward(op: str, relu: bool, slope: float, dy: Tensor, x: Tensor) -> T
     return dx
 
 
+# Behind a norm: its input is kept already, and says as much as y (saved.py) -------------------------
+
+
+def _save_norm(ctx: Any, x: Tensor, y: Tensor, kind: str, slope: float) -> bool:
+    """Saves what the norm saved that made x, and remembers how y is made of it; False where no norm did."""
+    found, ctx.block = saved.pre_activation(x) if slope >= 0 else None, None
+    if found is None:
+        return False
+    block, tensors = found
+    ctx.block = block.activated(kind, slope, x.dtype)
+    ctx.save_for_backward(*tensors)
+    saved.remember(ctx, y, ctx.block)
+    return True
+
+
+def _dz(ctx: Any, dy: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return ctx.block.dz(dy, ctx.saved_tensors)
+    with torch.no_grad():  # a kinked function: no derivative of dz but that to dy
+        y = ctx.block.make(ctx.saved_tensors)
+    return relu_backward(dy, y) if ctx.block.kind == "relu" else leaky_relu_backward(dy, y, ctx.block.alpha)
+
+
 # relu ---------------------------------------------------------------------------------------------
 
 
@@ -64,11 +88,12 @@ def _relu_cpu(x: Tensor) -> Tensor:
 
 
 def _relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
+    if not _save_norm(ctx, inputs[0], output, "relu", 0.0):
+        ctx.save_for_backward(output)
 
 
 def _relu_backward(ctx: Any, dy: Tensor) -> Tensor:
-    return relu_backward(dy, *ctx.saved_tensors)
+    return _dz(ctx, dy) if ctx.block else relu_backward(dy, *ctx.saved_tensors)
 
 
 def _relu_backward_fake(dy: Tensor, y: Tensor) -> Tensor:
@@ -104,11 +129,12 @@ def _leaky_cpu(x: Tensor, slope: float) -> Tensor:
 
 def _leaky_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.slope = inputs
-    ctx.save_for_backward(output if ctx.slope >= 0 else x)
+    if not _save_norm(ctx, x, output, "leaky_relu", ctx.slope):
+        ctx.save_for_backward(output if ctx.slope >= 0 else x)
 
 
 def _leaky_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    return leaky_relu_backward(dy, *ctx.saved_tensors, ctx.slope), None
+    return _dz(ctx, dy) if ctx.block else leaky_relu_backward(dy, *ctx.saved_tensors, ctx.slope), None
 
 
 def _leaky_backward_fake(dy: Tensor, x: Tensor, slope: float) -> Tensor:
@@ -192,14 +218,19 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float | None) -> Tensor:
-        activation_(x, slope is None, slope or 0.0)
         ctx.slope = slope
+        kind = "relu" if slope is None else "leaky_relu"
+        kept = _save_norm(ctx, x, x, kind, slope or 0.0)
+        activation_(x, slope is None, slope or 0.0)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
+        if not kept:
+            ctx.save_for_backward(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        if ctx.block:
+            return _dz(ctx, dy), None
         (y,) = ctx.saved_tensors
         if ctx.slope is None:
             return relu_backward(dy, y), None
@@ -217,6 +248,9 @@ def activation(x: Tensor, slope: float | None, inplace: bool) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(x).__name__}")
     if inplace and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        return _InPlace.apply(x, slope)
+        y = _InPlace.apply(x, slope)
+        if made := getattr(y.grad_fn, "made", None):
+            made.state = saved.State(y)  # as it is now
+        return y
     y = relu(x) if slope is None else leaky_relu(x, slope)
     return x.copy_(y) if inplace else y

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _C, memory, runtime
 from ..geometry import is_channels_last, is_integer, memory_format
+from . import saved
 from .library import Operator, contiguous, new, register, why_not
 
 Ints = Sequence[int]
@@ -183,4 +184,7 @@ def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
     mode does not mind: a concatenation computes nothing."""
     if not _serves(tensors, dim):
         return torch.cat(tensors, dim)
-    return cat_op(list(tensors), int(dim) % tensors[0].dim())
+    dim = int(dim) % tensors[0].dim()
+    y = cat_op(list(tensors), dim)
+    saved.remember_parts(y, tensors, dim)
+    return y

@@ -32,6 +32,7 @@ from ..geometry import (
 )
 from . import route
 from .library import Operator, dense, from_3d, new, pointer, register, scratch, to_3d
+from .saved import Kept
 
 Ints = Sequence[int]
 
@@ -185,15 +186,16 @@ def _conv_cpu(
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, b, *ctx.how = inputs
-    ctx.save_for_backward(x, w)
+    x, w, _, *ctx.how = inputs
+    ctx.size, ctx.x = x.shape[2:], Kept(x)
+    ctx.save_for_backward(w, *ctx.x.take())
 
 
 def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, w = ctx.saved_tensors
+    w, *kept = ctx.saved_tensors
     need_x, need_w, need_b, *_ = ctx.needs_input_grad
-    dx = conv_input_grad(dy, w, None, *ctx.how, x.shape[2:]) if need_x else None
-    dw = conv_weight_grad(x, dy, *ctx.how, w.shape[2:]) if need_w else None
+    dx = conv_input_grad(dy, w, None, *ctx.how, ctx.size) if need_x else None
+    dw = conv_weight_grad(ctx.x.give(kept), dy, *ctx.how, w.shape[2:]) if need_w else None
     return dx, dw, channel_sum(dy) if need_b else None, None, None, None, None
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import _C, runtime
 from ..geometry import check_bool, check_float, is_channels_last, memory_format
+from . import saved
 from .library import SMALL, Operator, contiguous, empty_like, pointer, register, scratch
 
 Ints = Sequence[int]
@@ -121,13 +122,28 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w, mean, var)
     ctx.how = (groups, over_batch, False, eps)
+    _save(ctx, output[0], x, w, b, mean, var)
+
+
+def _save(
+    ctx: Any, y: Tensor, x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, var: Tensor
+) -> None:
+    """What the gradient needs, and b where y may be made again; of rows it is not, which have a kernel of their own."""
     ctx.dtype_b = None if b is None else b.dtype
+    again = saved.possible(y) and (ctx.how[1] or math.prod(x.shape[2:]) > 1)
+    ctx.save_for_backward(x, w, mean, var, b if again else None)
+    if again:
+        saved.remember(ctx, y, saved.Block(*ctx.how), _as_block)
+
+
+def _as_block(kept: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    x, w, mean, var, b = kept
+    return x, w, b, None, None, mean, var
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, mean, var = ctx.saved_tensors
+    x, w, mean, var, _ = ctx.saved_tensors
     need_x, need_w, need_b, *_ = ctx.needs_input_grad
     dx, dw, db = norm_backward(dy, x, w, mean, var, *ctx.how, need_x, need_w or need_b)
     return dx if need_x else None, dw.to(w.dtype) if need_w else None, db.to(ctx.dtype_b) if need_b else None
@@ -169,9 +185,8 @@ def _fixed_cpu(
 
 def _fixed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, b, mean, var, eps = inputs
-    ctx.save_for_backward(x, w, mean, var)
     ctx.how = (x.shape[1], True, True, eps)
-    ctx.dtype_b = None if b is None else b.dtype
+    _save(ctx, output, x, w, b, mean, var)
 
 
 def _fixed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

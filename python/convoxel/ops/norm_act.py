@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _C, runtime
 from ..geometry import is_channels_last
+from . import saved
 from .library import SMALL, Operator, contiguous, empty_like, pointer, register, scratch
 from .norm import (
     _channels,
@@ -125,10 +126,11 @@ def _cpu(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, w, b, slopes, residual, mean, var, *ctx.how = inputs
-    _, *new = output
+    y, *new = output
     ctx.mark_non_differentiable(*new)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w, b, slopes, residual, *(new if mean is None else (mean, var)))
+    saved.remember(ctx, y, saved.Block(*ctx.how))
 
 
 def _backward(ctx: Any, dy: Tensor | None, dmean: None, dvar: None) -> tuple[Any, ...]:
