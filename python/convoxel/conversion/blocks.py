@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
+from ..ops import conv as _conv
 from ..ops import norm as _norm
-from ..ops.library import why_not
+from ..ops.conv_block import conv_moments
+from ..ops.library import autocast, autocasts, why_not
 from ..ops.norm_act import KINDS, Act, norm_act
 
 Norm = ours._BatchNorm | ours._InstanceNorm | ours.GroupNorm
@@ -122,6 +124,64 @@ def _fits(norm: Norm, x: Tensor, residual: Any, act: Act | None) -> bool:
     rank = _RANKS.get(type(norm), x.dim())  # other ranks are unbatched images, or mistakes
     fits = x.dim() == rank > 1 and x.shape[1] == channels and x.numel() > 0
     return fits and why_not(x, residual, slopes, norm.weight) is None
+
+
+def _share(norm: Any) -> tuple[int, bool] | None:
+    """How many channels share a mean, as `norm` (ops/norm.py) has it: groups and over_batch; None where it is fixed."""
+    if isinstance(norm, ours.GroupNorm):
+        return norm.num_groups, False
+    batch = isinstance(norm, ours._BatchNorm)
+    fixed = not norm.training and (norm.track_running_stats or batch) and norm.running_mean is not None
+    return None if fixed else (norm.num_features, batch)
+
+
+def _convolves(conv: Any, norm: Any, x: Tensor) -> bool:
+    """Whether `conv_moments` takes these, and the norm what comes out."""
+    channels = norm.num_channels if isinstance(norm, ours.GroupNorm) else norm.num_features
+    fits = x.dim() == conv.weight.dim() and x.numel() > 0 and conv.out_channels == channels
+    same = x.dtype == conv.weight.dtype or autocasts(x.device)
+    return fits and same and why_not(x, conv.weight, conv.bias) is None
+
+
+def _with_moments(
+    conv: Any, x: Tensor, groups: int, over_batch: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """conv(x), and its mean and variance. Where a norm takes each channel's own mean away, a bias changes nothing
+    behind it: its gradient is zero, and is not summed up."""
+    x, w, b = cast(tuple[Tensor, Tensor, Tensor | None], autocast(x, conv.weight, conv.bias))
+    x, padding = ours._padded(conv, x)
+    centred = b is not None and groups == conv.out_channels and b.requires_grad and torch.is_grad_enabled()
+    found = []
+
+    def operator(x: Tensor, w: Tensor, b: Tensor | None, *how: Any) -> Tensor:
+        y, *moments = conv_moments(x, w, b, *how, groups, over_batch)
+        found.extend(moments)
+        return y
+
+    how = (conv.stride, padding, conv.dilation, conv.groups)
+    y = _conv.convolution(
+        w.dim() - 2, x, w, b.detach() if centred and b is not None else b, *how, conv=operator
+    )
+    return (_WithoutEffect.apply(y, b) if centred else y), (found[0], found[1])
+
+
+class _WithoutEffect(torch.autograd.Function):
+    """y, as one that also depends on b, with gradient zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, b: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.b = inputs[1].shape, inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.b
+        return dy, dy.new_zeros(shape, dtype=dtype)
 
 
 def _normalised(norm: Any, x: Tensor, act: Act, residual: Tensor | None, moments: Any = None) -> Tensor:

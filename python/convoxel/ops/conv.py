@@ -407,8 +407,9 @@ def _batched(name: str, rank: int, x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
 
 
 def convolution(rank: int, x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any,
-                groups: int) -> Tensor:  # fmt: skip
-    """torch.nn.functional.conv{rank}d. x (N, C, *spatial) or (C, *spatial), w (K, C / groups, *kernel), b (K)."""
+                groups: int, conv: Operator = conv) -> Tensor:  # fmt: skip
+    """torch.nn.functional.conv{rank}d. x (N, C, *spatial) or (C, *spatial), w (K, C / groups, *kernel), b (K); conv:
+    what computes y."""
     name = f"conv{rank}d"
     x, batched = _batched(name, rank, x, w)
     (groups,) = as_tuple((groups,), 1, name, "groups")
