@@ -89,15 +89,20 @@ def group(x: Tensor, links: Sequence[Any], at: int) -> tuple[Tensor, int] | None
     if end < len(links) and links[end].kind == "activation" and (act := act_of(links[end].layer)):
         parts.append(links[end].layer)
         end += 1
+    moments = None
     if conv is not None:
-        return conv(x), first
-    if residual is None and act is None or not _fits(norm, x, residual, act):
+        parts.insert(0, conv)
+        share = _share(norm)
+        if share is None or not _convolves(conv, norm, x):
+            return conv(x), first
+        x, moments = _with_moments(conv, x, *share)
+    elif residual is None and act is None:
         return None
-    act = act or Act("identity")
-    _remember(
-        " + ".join(["norm", *["residual"] * (residual is not None), *[act.kind] * (len(parts) > 1)]), *parts
-    )
-    return _normalised(norm, x, act, residual), end
+    if not _fits(norm, x, residual, act):
+        return None if conv is None else (x, first)
+    ran = ["conv"] * (conv is not None) + ["norm"] + ["residual"] * (residual is not None)
+    _remember(" + ".join([*ran, *([act.kind] if act else [])]), *parts)
+    return _normalised(norm, x, act or Act("identity"), residual, moments), end
 
 
 def _next(links: Sequence[Any], at: int) -> int:
@@ -150,7 +155,10 @@ def _with_moments(
     behind it: its gradient is zero, and is not summed up."""
     x, w, b = cast(tuple[Tensor, Tensor, Tensor | None], autocast(x, conv.weight, conv.bias))
     x, padding = ours._padded(conv, x)
-    centred = b is not None and groups == conv.out_channels and b.requires_grad and torch.is_grad_enabled()
+    counts = (
+        b is not None and b.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
+    centred = counts and groups == conv.out_channels
     found = []
 
     def operator(x: Tensor, w: Tensor, b: Tensor | None, *how: Any) -> Tensor:
@@ -172,7 +180,7 @@ class _WithoutEffect(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, b: Tensor) -> Tensor:
-        return y.view_as(y)
+        return y.detach()  # the same memory; a view of one image would lose its memory format
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -40,4 +40,25 @@ def _to_last(t: Any) -> Any:
 
 
 def _to_contiguous(t: Any) -> Any:
-    return t.contiguous() if isinstance(t, Tensor) and t.layout == torch.strided and t.dim() >= 4 else t
+    if not isinstance(t, Tensor) or t.layout != torch.strided or t.dim() < 4 or t.is_contiguous():
+        return t
+    plain = torch.compiler.is_compiling() or not _is_image(t)
+    return t.contiguous() if plain else _Contiguous.apply(t)
+
+
+class _Contiguous(torch.autograd.Function):
+    """t.contiguous(), its gradient channels-last: in the other format every gradient behind it would need a copy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor) -> Tensor:
+        return t.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _to_last(dy)
