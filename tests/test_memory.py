@@ -274,11 +274,11 @@ def test_opcheck_with_a_large_output(every_size: None) -> None:
 # Blocks -------------------------------------------------------------------------------------------
 
 
-def test_best_fit_takes_the_smallest_block_within_one_and_a_half() -> None:
+def test_best_fit_takes_the_smallest_block_of_at_most_twice_the_size() -> None:
     tensors = {size: block(size) for size in (6, 9, 12, 20)}
     at = {t.data_ptr(): size for size, t in tensors.items()}
     tensors.clear()
-    assert [at.get(t.data_ptr()) for t in [block(8), block(8), block(8), block(6), block(13)]] == [
+    assert [at.get(t.data_ptr()) for t in [block(8), block(8), block(8), block(6), block(9)]] == [
         9,
         12,
         None,
@@ -369,7 +369,7 @@ def test_random_sizes_stay_within_the_rule() -> None:
             live[-1].fill_(1)
             most = max(most, resident() - start)
         check_rule()
-        assert statistic("in_use") <= 1.5 * sum(map(len, live)) + 2**16 * len(live)
+        assert statistic("in_use") <= 2 * sum(map(len, live)) + 2**16 * len(live)
     assert most < 1.5 * 71 * MB and statistic("reused") > 1000
 
 
