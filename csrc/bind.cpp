@@ -69,19 +69,39 @@ const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   return of[g.algorithm][dtype];
 }
 
-// The forward that gathers moments; `conv_forward_slots` of an image, 0 where the algorithm has none.
-void bind_conv_moments(py::module_& m) {
+const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
+  const Kernels& k = active_isa();
+  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight, k.conv_columns_weight,
+                            k.conv_amx_weight};
+  return of[g.algorithm][dtype];
+}
+
+// With what a block does around a convolution: constants of ConvLoad for x, slots for the moments of y (0: without).
+// `conv_forward_slots`: of an image; 0 where the algorithm gathers none.
+void bind_conv_block(py::module_& m) {
+  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
   m.def(
-      "conv_forward_moments",
-      [](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer b, Pointer y, Pointer moments,
-         Pointer scratch, int threads) {
-        auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+      "conv_forward_block",
+      [at](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer b, Pointer y, Pointer constants,
+           bool relu, Pointer moments, Pointer scratch, int threads) {
         ConvGeometry g = geometry(numbers);
-        kernel(correlate(g, dtype).forward)(
-            {g, at(x), at(w), at(b), at(y), at(scratch), threads, static_cast<double*>(at(moments))});
+        ConvLoad load{at(constants), relu};
+        kernel(correlate(g, dtype).forward)({g, at(x), at(w), at(b), at(y), at(scratch), threads,
+                                             constants ? &load : nullptr, static_cast<double*>(at(moments))});
       },
-      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"), py::arg("moments"),
-      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"),
+      py::arg("constants"), py::arg("relu"), py::arg("moments"), py::arg("scratch"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "conv_weight_grad_block",
+      [at](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer y, Pointer constants, bool relu,
+           Pointer scratch, int threads) {
+        ConvGeometry g = geometry(numbers);
+        ConvLoad load{at(constants), relu};
+        kernel(weight_grad(g, dtype).run)({g, at(x), at(w), nullptr, at(y), at(scratch), threads, &load});
+      },
+      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("constants"),
+      py::arg("relu"), py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "conv_forward_slots",
       [](int dtype, const ConvNumbers& numbers) {
@@ -131,13 +151,6 @@ void bind_moments(py::module_& m) {
       },
       py::arg("dtype"), py::arg("numbers"), py::arg("slots"), py::arg("of_image"), py::arg("mean"), py::arg("var"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-}
-
-const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
-  const Kernels& k = active_isa();
-  const ConvKernel* of[] = {k.conv_weight_grad, k.conv_winograd_weight, k.conv_depthwise_weight, k.conv_columns_weight,
-                            k.conv_amx_weight};
-  return of[g.algorithm][dtype];
 }
 
 void bind_resample(py::module_& m) {
@@ -255,6 +268,23 @@ void bind_norm_act(py::module_& m) {
       py::arg("x"), py::arg("w"), py::arg("b"), py::arg("slopes"), py::arg("residual"), py::arg("mean"), py::arg("var"),
       py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("dslopes"), py::arg("dresidual"), py::arg("scratch"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+// (as norm) What ConvLoad reads, [N][4][C].
+void bind_load_constants(py::module_& m) {
+  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+  m.def(
+      "load_constants",
+      [at](int dtype, const std::array<int64_t, 7>& numbers, double eps, double alpha, Pointer w, Pointer b,
+           Pointer slopes, Pointer mean, Pointer var, Pointer constants) {
+        NormActCall c = norm_act_call(numbers, eps, 1);
+        c.alpha = alpha, c.w = at(w), c.b = at(b), c.slopes = at(slopes), c.y = at(constants);
+        c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
+        active_isa().moments[dtype].constants(c);
+      },
+      py::arg("dtype"), py::arg("numbers"), py::arg("eps"), py::arg("alpha"), py::arg("w"), py::arg("b"),
+      py::arg("slopes"), py::arg("mean"), py::arg("var"), py::arg("constants"),
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_activation(py::module_& m) {
@@ -380,10 +410,11 @@ PYBIND11_MODULE(_C, m) {
   bind_conv(
       m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].run; },
       [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].scratch; });
-  bind_conv_moments(m);
+  bind_conv_block(m);
   bind_moments(m);
   bind_norm(m);
   bind_norm_act(m);
+  bind_load_constants(m);
   bind_activation(m);
   bind_resample(m);
   bind_pool(m);

@@ -6,6 +6,12 @@
 
 namespace convoxel {
 
+// What a convolution does to x where it reads it.
+struct ConvLoad {
+  const void* constants;  // [N][m, a, b, slope][C], of the compute type
+  bool relu;              // instead of the slope
+};
+
 // One convolution; which of the tensors is written depends on the function.
 struct ConvCall {
   ConvGeometry g;
@@ -15,7 +21,8 @@ struct ConvCall {
   void* y;  // [N, K, OD, OH, OW]
   void* scratch;
   int threads;
-  double* moments = nullptr;  // forward: slots [N][slots][count, mean, squared deviations][K] of y as stored
+  const ConvLoad* load = nullptr;  // forward, weight gradient: x is read as act((x - m) a + b)
+  double* moments = nullptr;       // forward: slots [N][slots][count, mean, squared deviations][K] of y as stored
 };
 
 typedef void (*ConvFunction)(const ConvCall&);
@@ -91,6 +98,7 @@ struct Moments {
   int64_t (*of_image)(const MomentsCall&);  // slots that `gather` fills
   int64_t (*scratch)(const MomentsCall&);   // bytes, of `gather`
   bool (*combine)(const MomentsCall&);      // slots -> mean, var; whether all are finite
+  void (*constants)(const NormActCall&);    // mean, var, w, b, slopes -> y: what ConvLoad reads
 };
 
 // n adjacent elements; x is the output where relu's gradient is asked. y: or dx.

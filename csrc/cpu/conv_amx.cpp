@@ -9,6 +9,7 @@
 // weights stay in L1 (the sums then move instead), tiles of 3 x 2, 4 x 1 and 6 x 1, weights prefetched to L1.
 #include "conv_amx.h"
 
+#include "conv_moments.h"
 #include "tables.h"
 
 namespace convoxel {
@@ -233,6 +234,7 @@ struct Output {
   int64_t axis[kAxes], c;  // steps
   int64_t channels;        // of 32
   bool stream;             // whole lines, past the caches
+  BlockSums<bfloat16>* moments;
 };
 
 // Up to 32 positions whose sums wait to be stored, a few at every step of the next sum: their conversion and the wait
@@ -247,8 +249,18 @@ struct Pending {
     const float* from = sums + i * kOutputs;
     Vec<float> low = load(from) + load(bias), high = load(from + kRows) + load(bias + kRows);
     __m512i v = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    if (y->moments) add(*y->moments, v);
     if (y->stream) _mm512_stream_si512((__m512i*)to[i], v);
     else _mm512_mask_storeu_epi16(to[i], first_lanes(y->channels), v);
+  }
+  static void add(BlockSums<bfloat16>& moments, __m512i v) {
+    VecU16 half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    for (int i = 0; i < 2; ++i) {
+      if (moments.empty()) moments.start(i * kRows, widen(half[i]));
+      moments.add(i * kRows, widen(half[i]));
+    }
+    moments.passed(1);
   }
   void store_some(int64_t step) const {
     if (step < kRows) store(2 * step), store(2 * step + 1);
@@ -338,7 +350,7 @@ inline int64_t thread_bytes(const Plan& p) {
 inline int64_t panel_elements(const Plan& p) { return p.pairs * p.blocks * p.taps * kStepWeights; }
 
 inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w, const bfloat16* b,
-                      const View<bfloat16>& y, char* scratch, int threads) {
+                      const View<bfloat16>& y, const Slots& slots, char* scratch, int threads) {
   bfloat16* panel = take<bfloat16>(scratch, panel_elements(p));
   float* bias = take<float>(scratch, p.pairs * kOutputs);
   uint16_t* columns = take<uint16_t>(scratch, column_elements(p) * threads);
@@ -357,7 +369,7 @@ inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w,
     Ahead ahead;
     Item it{&p, {}, {}, {}, window, take<Step>(mine, p.steps), take<float>(mine, 4 * kRows * kOutputs), &ahead};
     PackedAxis before{};
-    int64_t chunk = item % p.chunks, rest = item / p.chunks;
+    int64_t chunk = item % p.chunks, rest = item / p.chunks, column = rest % (p.tiles[kH] * p.tiles[kW]);
     for (int a = kW; a >= kD; --a) {
       it.packed[a].index = take<int64_t>(mine, p.index[a]);
       if (a == kD) break;
@@ -386,9 +398,12 @@ inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w,
                   : Ahead();
       for (int64_t pair = first; pair < last; ++pair) {
         int64_t k = pair * kOutputs;
-        Output out{
-            y.data + n * y.n + k * y.c, {y.axis[kD], y.axis[kH], y.axis[kW]}, y.c, min(kOutputs, p.K - k), stream};
+        int64_t channels = min(kOutputs, p.K - k);
+        BlockSums<bfloat16> moments;
+        Output out{y.data + n * y.n + k * y.c,     {y.axis[kD], y.axis[kH], y.axis[kW]}, y.c, channels, stream,
+                   slots.data ? &moments : nullptr};
         run_pair(it, panel + pair * p.blocks * p.taps * kStepWeights, bias + k, out);
+        if (slots.data) moments.write(slots, n, slab * p.tiles[kH] * p.tiles[kW] + column, k, channels);
       }
     }
     if (stream) _mm_sfence();
@@ -401,12 +416,17 @@ inline int team(const Plan& p, int threads) {
   return products < kFewProducts ? 1 : threads;
 }
 
+inline int64_t slot_count(const Plan& p) { return p.tiles[kD] * p.tiles[kH] * p.tiles[kW]; }
+
+inline int64_t slots(const ConvGeometry& g) { return g.y_last ? slot_count(make_plan(g, false)) : 0; }
+
 template <bool transposed>
 void run(const ConvCall& call) {
   Plan p = make_plan(call.g, transposed);
   View<bfloat16> x = view_x<bfloat16>(call), y = view_y<bfloat16>(call);
   correlate(p, transposed ? y : x, static_cast<const bfloat16*>(call.w), static_cast<const bfloat16*>(call.b),
-            transposed ? x : y, static_cast<char*>(call.scratch), team(p, call.threads));
+            transposed ? x : y, {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
+            team(p, call.threads));
 }
 
 template <bool transposed>
@@ -416,7 +436,7 @@ int64_t scratch(const ConvGeometry& g, int threads) {
          thread_bytes(p) * threads;
 }
 
-constexpr ConvCorrelate kTiles = {run<false>, run<true>, scratch<false>, scratch<true>};
+constexpr ConvCorrelate kTiles = {run<false>, run<true>, scratch<false>, scratch<true>, slots};
 
 #else
 

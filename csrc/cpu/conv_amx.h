@@ -128,9 +128,16 @@ inline void gather_lines(const bfloat16* src, int64_t step, int64_t channels, in
   }
 }
 
+// n lines of block b of the channels.
+inline void activate_lines(Load<bfloat16> load, int64_t b, int64_t channels, int64_t n, bfloat16* lines) {
+  if (!load.constants) return;
+  load.constants += b * kChannels;
+  activate(load, lines, kChannels, lines, kChannels, n, channels);
+}
+
 // One row of x along W, all of its channels: C of them, from `row`. lines: room for the row in one block.
 inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, const PackedAxis& w, const Window& to,
-                     bfloat16* out, bfloat16* lines) {
+                     const Load<bfloat16>& load, bfloat16* out, bfloat16* lines) {
   int64_t left = 0, run = 0;
   if (w.dense) {
     left = min(w.extent, max<int64_t>(0, -w.first));
@@ -151,6 +158,7 @@ inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, co
       bfloat16* dst = out + left * kChannels;
       for (int64_t i = 0; i < run; ++i) copy_line(src + i * step, dst + i * kChannels, some);
       for (int64_t i = left + run; i < w.extent; ++i) zero_line(out + i * kChannels);
+      activate_lines(load, b, channels, run, dst);
       continue;
     }
     for (int64_t q = 0; q < to.copies; ++q)
@@ -158,7 +166,7 @@ inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, co
         int64_t at = w.index[q * to.w + i];
         bfloat16* dst = out + (q * to.copy + i) * kChannels;
         if (at < 0) zero_line(dst);
-        else copy_line(src + at * step, dst, some);
+        else copy_line(src + at * step, dst, some), activate_lines(load, b, channels, 1, dst);
       }
   }
 }
@@ -166,12 +174,13 @@ inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, co
 // The slices from `first` on of a window, of image n.
 inline void pack_slices(const View<bfloat16>& x, int64_t n, int64_t C, const PackedAxis* p, const Window& to,
                         int64_t first, bfloat16* window, bfloat16* lines) {
+  const Load<bfloat16> load = load_of(x, n, 0);
   for (int64_t d = first; d < p[kD].extent; ++d)
     for (int64_t h = 0; h < p[kH].extent; ++h) {
       bfloat16* out = window + (d * to.slice + h * to.row) * kChannels;
       int64_t id = p[kD].index[d], ih = p[kH].index[h];
       if (id >= 0 && ih >= 0) {
-        pack_row(x.data + n * x.n + id * x.axis[kD] + ih * x.axis[kH], x, C, p[kW], to, out, lines);
+        pack_row(x.data + n * x.n + id * x.axis[kD] + ih * x.axis[kH], x, C, p[kW], to, load, out, lines);
         continue;
       }
       for (int64_t b = 0; b < to.blocks; ++b)

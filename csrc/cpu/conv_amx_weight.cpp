@@ -170,13 +170,20 @@ inline void add_products(const Step* steps, int64_t n, const bfloat16* x, const 
 }
 
 // One row of x along W, all its blocks of channels, once for every tap along W.
-inline void pack_x_row(const Item& it, const View<bfloat16>& x, const bfloat16* row, int64_t channels, bfloat16* to) {
+inline void pack_x_row(const Item& it, const View<bfloat16>& x, const Load<bfloat16>& load, const bfloat16* row,
+                       int64_t channels, bfloat16* to) {
   const Axis& w = it.p->axis[kW];
   for (int64_t b = 0; b < it.steps.blocks; ++b, to += it.steps.block * kChannels) {
     int64_t some = min(kChannels, channels - b * kChannels), step = x.axis[kW];
     const bfloat16* src = row + b * kChannels * x.c;
     if (x.c != 1) {
       gather_lines(src, x.c, some, w.in, it.lines);
+      src = it.lines, step = kChannels;
+    }
+    if (load.constants) {
+      if (x.c == 1)
+        for (int64_t i = 0; i < w.in; ++i) copy_line(src + i * step, it.lines + i * kChannels, first_lanes(some));
+      activate_lines(load, b, some, w.in, it.lines);
       src = it.lines, step = kChannels;
     }
     for (int64_t q = 0; q < w.kernel; ++q)
@@ -198,7 +205,8 @@ inline void pack_x(Item& it, const View<bfloat16>& x, int64_t n, int64_t c0, int
       int64_t ih = it.rows_of_x.index[h];
       bfloat16* row = it.x + (slot * to.slice + h * to.row) * kChannels;
       if (id >= 0 && id < p.axis[kD].in && ih >= 0) {
-        pack_x_row(it, x, x.data + n * x.n + c0 * x.c + id * x.axis[kD] + ih * x.axis[kH], channels, row);
+        pack_x_row(it, x, load_of(x, n, c0), x.data + n * x.n + c0 * x.c + id * x.axis[kD] + ih * x.axis[kH], channels,
+                   row);
         continue;
       }
       for (int64_t b = 0; b < to.blocks; ++b)

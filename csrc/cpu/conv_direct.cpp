@@ -220,7 +220,7 @@ void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const Vi
     if constexpr (same) {
       if (direct) it.target = target_in(y, box, n, group * p.K + k0);
     }
-    bool in_place = same && x.c == 1 && lies_in_x(it.packed);
+    bool in_place = same && x.c == 1 && !x.load.constants && lies_in_x(it.packed);
     it.ahead = in_place && blocks.count == 1 && p.taps == 1;
     for (int64_t c = 0; c < p.C; c += p.channel_block) {
       it.channels = min(p.channel_block, p.C - c);

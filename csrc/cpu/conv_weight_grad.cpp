@@ -108,7 +108,8 @@ Rows<A> pack_dy(const View<S>& y, int64_t n, int64_t k, int64_t channels, int64_
 template <class S, class A>
 Rows<A> pack_x(const View<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* packed, A* window) {
   if constexpr (std::is_same<S, A>::value) {
-    if (x.c == 1 && lies_in_x(packed)) return {window_in(x, n, c, packed), {x.axis[kD], x.axis[kH], x.axis[kW]}};
+    if (x.c == 1 && !x.load.constants && lies_in_x(packed))
+      return {window_in(x, n, c, packed), {x.axis[kD], x.axis[kH], x.axis[kW]}};
   }
   pack_window(x, n, c, packed, channels, window);
   int64_t row = packed[kW].extent * channels;

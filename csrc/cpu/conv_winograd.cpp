@@ -281,10 +281,30 @@ void by_weights(const Plan& p, const Work<S, A>& work, const A* panel, const Bia
   }
 }
 
-// M back to the outputs of a block of `channels` output channels; a tile over the edge goes there through `spare`.
+// A plane's outputs, added to the sums on their way.
+template <class S, int M, class A>
+__attribute__((noinline)) void transform_and_sum(const A* src, const int64_t* src_step, A* work, A* dst,
+                                                 const int64_t* dst_step, int64_t k, BlockSums<S>& sums) {
+  constexpr int P = points(M);
+  constexpr int64_t column = kLanes<A>, row = P * column;
+  Vec<A> m = load(sums.shift + k), s = load(sums.s + k), q = load(sums.q + k);
+  for (int i = 0; i < P; ++i)
+    transform_line<OutputTransform, M>(src + i * src_step[1], src_step[0], work + i * column, row);
+  for (int i = 0; i < M; ++i) {
+    Vec<A> a[P], y[M], d[M];
+    for (int j = 0; j < P; ++j) a[j] = load(work + i * row + j * column);
+    OutputTransform::apply<M>(a, y);
+    for (int j = 0; j < M; ++j) store(dst + i * dst_step[0] + j * dst_step[1], y[j]), d[j] = as_stored<S>(y[j]) - m;
+    for (int j = 0; j < M; j += 2) s += d[j] + d[j + 1], q += d[j] * d[j] + d[j + 1] * d[j + 1];
+  }
+  store(sums.s + k, s), store(sums.q + k, q);
+}
+
+// M back to the outputs of a block of `channels` output channels; a tile over the edge goes there through `spare`, and
+// so does the first of the sums, if there are any.
 template <class S, class A>
 void transform_output(const Plan& p, const Work<S, A>& at, const A* M, int64_t m_step, int64_t width, int64_t channels,
-                      const Target<A>& y) {
+                      const Target<A>& y, BlockSums<S>* sums) {
   constexpr int L = kLanes<A>;
   alignas(64) A work[36 * L], spare[16 * L];
   int64_t step[2] = {points(p.M[kW]) * m_step, m_step}, spare_step[2] = {p.M[kW] * L, L};
@@ -298,15 +318,25 @@ void transform_output(const Plan& p, const Work<S, A>& at, const A* M, int64_t m
           A* to = y.data + d * y.axis[kD] + h * m() * y.axis[kH] + w * m() * y.axis[kW];
           for (int64_t k = 0; k < channels; k += L) {
             int lanes = int(min<int64_t>(L, channels - k));
-            if (rows == m() && columns == m() && lanes == L) {
+            bool whole = rows == m() && columns == m() && lanes == L;
+            if (whole && sums && !sums->empty()) {
+              transform_and_sum<S, m()>(M + k, step, work, to + k, y.axis + kH, k, *sums);
+              continue;
+            }
+            if (whole && !sums) {
               transform_plane<OutputTransform, m()>(M + k, step, work, to + k, y.axis + kH);
               continue;
             }
             transform_plane<OutputTransform, m()>(M + k, step, work, spare, spare_step);
+            if (sums && sums->empty()) sums->start(k, as_stored<S>(load(spare)));
             for (int64_t i = 0; i < rows; ++i)
-              for (int64_t j = 0; j < columns; ++j)
-                store(to + k + i * y.axis[kH] + j * y.axis[kW], load(spare + i * spare_step[0] + j * L), lanes);
+              for (int64_t j = 0; j < columns; ++j) {
+                Vec<A> v = load(spare + i * spare_step[0] + j * L);
+                store(to + k + i * y.axis[kH] + j * y.axis[kW], v, lanes);
+                if (sums) sums->add(k, as_stored<S>(v));
+              }
           }
+          if (sums) sums->passed(rows * columns);
         }
   });
 }
@@ -332,8 +362,13 @@ void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U,
   if constexpr (same) {
     if (direct) target = target_in(y, work.box, work.x.n, k);
   }
-  transform_output(p, work, s.M, m_step, width, direct ? used : width, target);
-  if (slots.data) gather_moments<S>(target, work.box.size, slots, work.x.n, work.slot, k, used);
+  if (slots.data) {
+    BlockSums<S> sums;
+    transform_output(p, work, s.M, m_step, width, direct ? used : width, target, &sums);
+    sums.write(slots, work.x.n, work.slot, k, used);
+  } else {
+    transform_output<S>(p, work, s.M, m_step, width, direct ? used : width, target, nullptr);
+  }
   if (!direct) flush(target, y, work.box, work.x.n, k, used);
 }
 

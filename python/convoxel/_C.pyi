@@ -22,16 +22,41 @@ def conv_weight_grad(
     dtype: int, geometry: Sequence[int], x: int, w: int, b: int, y: int, scratch: int, threads: int
 ) -> None: ...
 def conv_weight_grad_scratch(dtype: int, geometry: Sequence[int], threads: int) -> int: ...
-def conv_forward_moments(
+def conv_forward_block(
     dtype: int,
     geometry: Sequence[int],
     x: int,
     w: int,
     b: int,
     y: int,
+    constants: int,
+    relu: bool,
     moments: int,
     scratch: int,
     threads: int,
+) -> None: ...
+def conv_weight_grad_block(
+    dtype: int,
+    geometry: Sequence[int],
+    x: int,
+    w: int,
+    y: int,
+    constants: int,
+    relu: bool,
+    scratch: int,
+    threads: int,
+) -> None: ...
+def load_constants(
+    dtype: int,
+    numbers: Sequence[int],
+    eps: float,
+    alpha: float,
+    w: int,
+    b: int,
+    slopes: int,
+    mean: int,
+    var: int,
+    constants: int,
 ) -> None: ...
 def conv_forward_slots(dtype: int, geometry: Sequence[int]) -> int: ...
 def conv_bias_grad(
