@@ -64,10 +64,9 @@ struct Norm {
   int64_t (*scratch)(const NormCall&);  // bytes, for both
 };
 
-// y = act(z), z = norm(x) (+ residual). slopes, dslopes [C] of the compute type: of the leaky kind, alpha where nullptr
-// (identity: 1). fixed: mean and var are given to forward, and to backward that they do not depend on x.
-enum ActKind : int { kLeaky = 0, kRelu = 1 };  // ops/norm_act.py numbers them too
-
+// y = act(z), z = norm(x) (+ residual). kind: cpu/norm_act_tile.h numbers them. slopes, dslopes [C] of the compute
+// type: of the leaky kind, alpha where nullptr (identity: 1). fixed: mean and var are given to forward, and to backward
+// that they do not depend on x.
 struct NormActCall : NormCall {
   int kind;
   double alpha;

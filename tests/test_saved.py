@@ -154,6 +154,26 @@ def test_a_concatenation_is_not_kept_and_holds_nothing_longer_than_it_lives() ->
         assert saved.recipe(y) is None
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_what_was_upsampled_is_made_again(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convoxel.memory.LEAST", 0)
+    up = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[rank]
+    first, last = chain(rank, "instance", nn.ReLU(True))[:3], CONV[rank](8, 2, 3)
+    for kernel, again in ((2, True), (3, False)):
+        net = torch.nn.ModuleList([first, up(4, 4, kernel, 2), last])
+
+        def call(x: Tensor) -> Tensor:
+            y = net[1](net[0](x))  # noqa: B023
+            return net[2](F.cat([y * 1, y], 1))  # noqa: B023
+
+        x = torch.randn(2, 2, *(4,) * rank)
+        convoxel.reset_stats()
+        got = gradients(net, x, call)
+        assert convoxel.stats()["cat"]["served"] == (2 if again else 1)
+        with everything_saved():
+            assert all(torch.equal(g, e) for g, e in zip(got, gradients(net, x, call), strict=True))
+
+
 def block_and_conv(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The convolution's output and its weights' gradient, where `change` does something to x before it."""
     torch.manual_seed(3)

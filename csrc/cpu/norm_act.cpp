@@ -124,14 +124,40 @@ void backward_as(const NormActCall& call) {
 
 template <class S>
 void forward(const NormActCall& call) {
-  if (call.kind == kRelu) return forward_as<S, Relu<Compute<S>>>(call);
-  return forward_as<S, Leaky<Compute<S>>>(call);
+  typedef Compute<S> A;
+  switch (call.kind) {
+    case kRelu:
+      return forward_as<S, Relu<A>>(call);
+    case kElu:
+      return forward_as<S, Elu<A>>(call);
+    case kSilu:
+      return forward_as<S, Silu<A>>(call);
+    case kGelu:
+      return forward_as<S, Gelu<A>>(call);
+    case kGeluTanh:
+      return forward_as<S, GeluTanh<A>>(call);
+    default:
+      return forward_as<S, Leaky<A>>(call);
+  }
 }
 
 template <class S>
 void backward(const NormActCall& call) {
-  if (call.kind == kRelu) return backward_as<S, Relu<Compute<S>>>(call);
-  return backward_as<S, Leaky<Compute<S>>>(call);
+  typedef Compute<S> A;
+  switch (call.kind) {
+    case kRelu:
+      return backward_as<S, Relu<A>>(call);
+    case kElu:
+      return backward_as<S, Elu<A>>(call);
+    case kSilu:
+      return backward_as<S, Silu<A>>(call);
+    case kGelu:
+      return backward_as<S, Gelu<A>>(call);
+    case kGeluTanh:
+      return backward_as<S, GeluTanh<A>>(call);
+    default:
+      return backward_as<S, Leaky<A>>(call);
+  }
 }
 
 template <class S>

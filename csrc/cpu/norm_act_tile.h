@@ -5,9 +5,12 @@
 // z is computed again in the gradient's two loops, from the same constants by the same operations: same bits.
 #pragma once
 #include "norm_tile.h"
+#include "simd_math.h"
 
 namespace convoxel {
 namespace {
+
+enum ActKind : int { kLeaky = 0, kRelu, kElu, kSilu, kGelu, kGeluTanh };  // ops/norm_act.py numbers them too
 
 // s: the slope (leaky relu, prelu; 1: identity) or alpha (elu) of a column. Gradients at 0 are torch's.
 template <class A>
@@ -19,6 +22,43 @@ template <class A>
 struct Relu {  // not a slope of 0: -inf becomes 0
   static Vec<A> value(Vec<A> z, Vec<A>) { return z <= Vec<A>{} ? Vec<A>{} : z; }
   static Vec<A> grad(Vec<A> z, Vec<A>, Vec<A> dy) { return z <= Vec<A>{} ? Vec<A>{} : dy; }
+};
+
+template <class A>
+struct Elu {  // z > 0 ? z : s (exp(z) - 1)
+  static Vec<A> value(Vec<A> z, Vec<A> s) { return z > Vec<A>{} ? z : s * expm1<A>(z); }
+  static Vec<A> grad(Vec<A> z, Vec<A> s, Vec<A> dy) { return z > Vec<A>{} ? dy : dy * s * exp<A>(z); }
+};
+template <class A>
+struct Silu {  // z sigmoid(z)
+  static Vec<A> value(Vec<A> z, Vec<A>) { return z / (1 + exp<A>(-z)); }
+  static Vec<A> grad(Vec<A> z, Vec<A>, Vec<A> dy) {
+    Sigmoid<A> s = sigmoid<A>(z);
+    return dy * (s.p + z * s.p * s.rest);
+  }
+};
+template <class A>
+struct Gelu {  // z Phi(z)
+  static Vec<A> value(Vec<A> z, Vec<A>) { return z * normal<A>(z).below; }
+  static Vec<A> grad(Vec<A> z, Vec<A>, Vec<A> dy) {
+    Normal<A> n = normal<A>(z);
+    return dy * (n.below + z * n.density);
+  }
+};
+template <class A>
+struct GeluTanh {  // z sigmoid(2 a), a = sqrt(2 / pi) (z + 0.044715 z^3): (1 + tanh(a)) / 2 without the cancellation
+  static constexpr A k = A(1.5957691216057308), cubic = A(0.044715), most = 40;  // of z, whose cube stays finite
+  static Vec<A> clamp(Vec<A> z) {
+    z = z > most ? broadcast(most) : z;
+    return z < -most ? broadcast(-most) : z;
+  }
+  static Vec<A> twice_a(Vec<A> z) { return k * (z + cubic * z * z * z); }
+  static Vec<A> value(Vec<A> z, Vec<A>) { return z / (1 + exp<A>(-twice_a(clamp(z)))); }
+  static Vec<A> grad(Vec<A> z, Vec<A>, Vec<A> dy) {
+    Vec<A> t = clamp(z);
+    Sigmoid<A> s = sigmoid<A>(twice_a(t));
+    return dy * (s.p + z * s.p * s.rest * (k * (1 + 3 * cubic * t * t)));
+  }
 };
 
 // Constants of the columns: of z as above, and r = 1 / standard deviation; s of the activation.

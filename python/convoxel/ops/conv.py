@@ -32,7 +32,7 @@ from ..geometry import (
 )
 from . import route
 from .library import Operator, dense, from_3d, new, pointer, register, scratch, to_3d
-from .saved import Kept
+from .saved import Kept, Upsampled, possible, remember
 
 Ints = Sequence[int]
 
@@ -225,15 +225,20 @@ def _input_grad_cpu(dy: Tensor, w: Tensor, b: Tensor | None, stride: Ints, paddi
 
 
 def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, w, b, *ctx.how, _ = inputs
-    ctx.save_for_backward(dy, w)
+    dy, w, b, *ctx.how, size = inputs
+    ctx.dy = Kept(dy)
+    # With b, the output of a kernel as wide as its stride is quickly made again: one product a voxel and channel.
+    again = possible(output) and tuple(w.shape[2:]) == tuple(ctx.how[0])
+    ctx.save_for_backward(w, b if again else None, *ctx.dy.take())
+    if again:
+        remember(ctx, output, Upsampled(ctx.dy, (*ctx.how, size)))
 
 
 def _input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-    dy, w = ctx.saved_tensors
+    w, _, *kept = ctx.saved_tensors
     need_dy, need_w, need_b, *_ = ctx.needs_input_grad
     ddy = conv(ddx, w, None, *ctx.how) if need_dy else None
-    dw = conv_weight_grad(ddx, dy, *ctx.how, w.shape[2:]) if need_w else None
+    dw = conv_weight_grad(ddx, ctx.dy.give(kept), *ctx.how, w.shape[2:]) if need_w else None
     return ddy, dw, channel_sum(ddx) if need_b else None, None, None, None, None, None
 
 

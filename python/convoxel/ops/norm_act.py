@@ -35,11 +35,22 @@ from .norm import (
     norm_fixed,
 )
 
-KINDS = {"identity": 0, "leaky_relu": 0, "prelu": 0, "relu": 1}  # as csrc/kernels.h numbers them
+# As csrc/cpu/norm_act_tile.h numbers them.
+KINDS = {
+    "identity": 0,
+    "leaky_relu": 0,
+    "prelu": 0,
+    "relu": 1,
+    "elu": 2,
+    "silu": 3,
+    "gelu": 4,
+    "gelu_tanh": 5,
+}
 
 
 class Act(NamedTuple):
-    """An activation of `norm_act`: kind is a key of KINDS; alpha the slope of leaky_relu; slopes, of prelu, 1 or C."""
+    """An activation of `norm_act`: kind is a key of KINDS; alpha is leaky_relu's slope and elu's alpha; slopes are
+    prelu's, 1 or C."""
 
     kind: str
     alpha: float = 0.0
@@ -155,6 +166,23 @@ def _backward(ctx: Any, dy: Tensor | None, dmean: None, dvar: None) -> tuple[Any
     )
 
 
+def _derivative(kind: str, z: Tensor, slope: float | Tensor) -> Tensor:
+    """act'(z), in torch's arithmetic; at a kink torch's own."""
+    if kind == "silu":
+        p = z.sigmoid()
+        return p * (1 + z * (1 - p))
+    if kind == "gelu":
+        return (1 + (z * 0.5**0.5).erf()) / 2 + z * (z * z / -2).exp() / (2 * math.pi) ** 0.5
+    if kind == "gelu_tanh":
+        k = (2 / math.pi) ** 0.5
+        t = (k * (z + 0.044715 * z**3)).tanh()
+        return (1 + t) / 2 + z * (1 - t * t) / 2 * k * (1 + 3 * 0.044715 * z * z)
+    one, below = torch.ones_like(z), torch.zeros_like(z) + slope
+    if kind == "relu":
+        return torch.where(z <= 0, 0, one)
+    return torch.where(z > 0, one, below * z.clamp(max=0).exp() if kind == "elu" else below)
+
+
 def _composed(
     need: tuple[bool, ...], dy: Tensor, x: Tensor, w: Tensor | None, b: Tensor | None, slopes: Tensor | None,
     residual: Tensor | None, mean: Tensor, var: Tensor, groups: int, over_batch: bool, fixed: bool, eps: float,
@@ -171,7 +199,7 @@ def _composed(
     z = z if residual_ is None else z + residual_
     pixels = (1,) * (x.dim() - 2)
     slope = _slope(kind, alpha) if slopes_ is None else slopes_.view(-1, *pixels)
-    dz = torch.where(z <= 0, 0, dy_) if kind == "relu" else torch.where(z > 0, dy_, dy_ * slope)
+    dz = dy_ * _derivative(kind, z, slope)
     dx, dw, db = norm_backward(
         dz, x_, w_, mean, var, groups, over_batch, fixed, eps, need[0], need[1] or need[2]
     )

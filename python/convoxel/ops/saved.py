@@ -3,7 +3,8 @@
 A convolution needs its input x for the weights' gradient. Where x is act(norm(raw) (+ residual)), that norm keeps raw
 for a gradient of its own, so the convolution keeps raw too, not x, and makes x again, by the same kernel and therefore
 bit for bit, when its gradient is asked for: of two full tensors a block, one is left. The same holds for an activation
-behind a norm, which needs no more than the signs of x, and for a concatenation of such tensors.
+behind a norm, which needs no more than the signs of x, and for a concatenation of such tensors, and for a
+transposed convolution whose kernel is as wide as its stride: one product a voxel and channel makes its output again.
 
 A node of the graph that can do so carries `made`. Everything else is saved as ever, and so is x wherever a step in
 between could go unseen: x modified in place, hooks on saved tensors (checkpointing, offloading), transforms, compiling.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from .library import _real, to_3d
+from .library import _real, from_3d, to_3d
 
 Tensors = Sequence[Tensor | None]
 
@@ -84,13 +85,13 @@ class State:
 
 
 class Made:
-    """Carried by a node of the graph: its output is `block.make(tensors(what it saved))`."""
+    """Carried by a node of the graph: its output is `how.make(tensors(what it saved))`."""
 
-    def __init__(self, y: Tensor, block: Block, tensors: Callable[[Tensors], Tensors]) -> None:
-        self.state, self.block, self.tensors = State(y), block, tensors
+    def __init__(self, y: Tensor, how: Recipe, tensors: Callable[[Tensors], Tensors]) -> None:
+        self.state, self.how, self.tensors = State(y), how, tensors
 
     def recipe(self, node: Any) -> tuple[Recipe, Tensors]:
-        return self.block, self.tensors(node.saved_tensors)
+        return self.how, self.tensors(node.saved_tensors)
 
 
 class Joined:
@@ -123,13 +124,25 @@ class Join:
         return torch.ops.convoxel.cat.default(parts, self.dim)
 
 
-Recipe = Block | Join
+@dataclass(frozen=True)
+class Upsampled:
+    """y = a transposed convolution of (w, b, what x is made of)."""
+
+    x: Kept
+    how: tuple[Any, ...]
+
+    def make(self, tensors: Tensors) -> Tensor:
+        w, b, *kept = tensors
+        return torch.ops.convoxel.conv_input_grad.default(self.x.give(kept), w, b, *self.how)
 
 
-def remember(node: Any, y: Tensor, block: Block, tensors: Callable[[Tensors], Tensors] = lambda t: t) -> None:
-    """In setup_context, or of y.grad_fn: y is what `block` makes of `tensors(what the node saves)`."""
+Recipe = Block | Join | Upsampled
+
+
+def remember(node: Any, y: Tensor, how: Recipe, tensors: Callable[[Tensors], Tensors] = lambda t: t) -> None:
+    """In setup_context, or of y.grad_fn: y is what `how` makes of `tensors(what the node saves)`."""
     if possible(y):
-        node.made = Made(y, block, tensors)
+        node.made = Made(y, how, tensors)
 
 
 def remember_parts(y: Tensor, parts: Sequence[Tensor], dim: int) -> None:
@@ -175,12 +188,15 @@ class Kept:
             self.alive, self.state = TensorWeakRef(y), State(y)
 
     def _seen_through(self, x: Tensor, y: Tensor) -> bool:
-        """Whether x is y, or y with unit axes in the middle."""
-        self.lifted = x is not y
-        if not self.lifted:
-            return True
-        lifted = to_3d(y)
-        return lifted.shape == x.shape and lifted.stride() == x.stride() and y.data_ptr() == x.data_ptr()
+        """Whether x is y, or y with unit axes put in or left out between C and the extents."""
+        self.rank = x.dim() - 2
+        view = self._view(y)
+        return view.shape == x.shape and view.stride() == x.stride() and view.data_ptr() == x.data_ptr()
+
+    def _view(self, y: Tensor) -> Tensor:
+        if y.dim() < self.rank + 2:
+            return to_3d(y)
+        return from_3d(y, self.rank, True) if y.dim() > self.rank + 2 > 2 else y
 
     def take(self) -> Tensors:
         """What to save; from now on it is held there only."""
@@ -195,4 +211,4 @@ class Kept:
         y = self.alive()
         if y is None or not self.state.holds(y):
             y = self.how.make(saved)
-        return to_3d(y) if self.lifted else y
+        return self._view(y)
