@@ -302,7 +302,7 @@ def block(
     return norm_act_conv(x, *norm_, w, b, *HOW, 3, True)[0]
 
 
-@pytest.mark.parametrize("kind", ["identity", "relu", "leaky_relu", "prelu"])
+@pytest.mark.parametrize("kind", ["identity", "relu", "leaky_relu", "prelu", "silu"])
 def test_gradients_through_the_norm(kind: str) -> None:
     x, w, b = tiny(dtype=torch.float64)
     nw, nb, slopes = (torch.randn(4, dtype=torch.float64) for _ in range(3))

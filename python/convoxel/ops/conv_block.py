@@ -174,8 +174,11 @@ def _block_fake(
     return y, x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=torch.float64)
 
 
-def _loads(op: str, geometry: list[int], dtype: torch.dtype, w: Tensor) -> bool:
-    """Whether the kernel of this call reads x through a norm; a single tap reads x where it lies."""
+def _loads(op: str, geometry: list[int], dtype: torch.dtype, w: Tensor, kind: str) -> bool:
+    """Whether the kernel of this call reads x through a norm and a kinked activation; a single tap reads x where it
+    lies."""
+    if kind not in norm_act_.KINKED:
+        return False
     return math.prod(w.shape[2:]) > 1 and _planned(op, geometry, dtype)[0].algorithm in LOADING
 
 
@@ -208,7 +211,7 @@ def _block_cpu(
     y, out_mean, out_var = _block_fake(x, *norm, w, b, *how, out_groups, out_over_batch)
     x, x_last = dense(x)
     geometry = conv_.numbers(x.shape, w.shape, y.shape, *how, x_last, is_channels_last(y))
-    if x.numel() == 0 or y.numel() == 0 or not _loads("conv_forward", geometry, x.dtype, w):
+    if x.numel() == 0 or y.numel() == 0 or not _loads("conv_forward", geometry, x.dtype, w, kind):
         z = _activated(x, *norm)
         if not out_groups:
             return conv_._conv_cpu(z, w, b, *how), out_mean, out_var
@@ -306,7 +309,7 @@ def _block_weight_grad_cpu(
         return dw.zero_()
     (x, x_last), (dy, y_last) = dense(x), dense(dy)
     geometry = conv_.numbers(x.shape, dw.shape, dy.shape, *how, x_last, y_last)
-    if not _loads("conv_weight_grad", geometry, x.dtype, dw):
+    if not _loads("conv_weight_grad", geometry, x.dtype, dw, kind):
         return conv_._weight_grad_cpu(_activated(x, *norm), dy, *how, kernel)
     chosen, routed, size = _planned("conv_weight_grad", geometry, x.dtype)
     memory, load = scratch(size), _load(x, *norm)
