@@ -75,34 +75,38 @@ def act_of(layer: Any) -> Act | None:
 def group(x: Tensor, links: Sequence[Any], at: int) -> tuple[Tensor, int] | None:
     """Runs the group that begins with links[at] on x (N, C, *): its value and the first link after it. None where
     no group begins."""
-    conv = links[at].layer if links[at].kind == "conv" else None
-    first = at if conv is None else _next(links, at + 1)
-    if first == len(links) or links[first].kind != "norm":
+    conv, moments = None, None
+    if links[at].kind == "conv":
+        conv, at = links[at].layer, _next(links, at + 1)
+    if at == len(links) or links[at].kind != "norm":
         return None
-    norm, end = links[first].layer, _next(links, first + 1)
-    if conv is not None and _folds(conv, norm):
-        _remember("conv + norm (folded)", conv, norm)
-        return _folded(conv, norm, x), first + 1
-    residual, act, parts = None, None, [norm]
+    if conv is not None:
+        if _folds(conv, links[at].layer):
+            _remember(["conv", "norm (folded)"], conv, links[at].layer)
+            return _folded(conv, links[at].layer, x), at + 1
+        share = _share(links[at].layer)
+        if share is None or not _convolves(conv, links[at].layer, x):
+            return conv(x), at
+        x, moments = _with_moments(conv, x, *share)
+    norm, residual, act, layers, end = _tail(links, at)
+    if conv is None and len(layers) == 1 and residual is None:
+        return None
+    if not _fits(norm, x, residual, act):
+        return None if conv is None else (x, at)
+    words = ["conv"] * (conv is not None) + ["norm"] + ["residual"] * (residual is not None)
+    _remember([*words, *([act.kind] if act else [])], conv, *layers)
+    return _normalised(norm, x, act or Act("identity"), residual, moments), end
+
+
+def _tail(links: Sequence[Any], at: int) -> tuple[Any, Any, Act | None, list[Any], int]:
+    """The norm links[at] with what follows it: norm, residual, activation, their layers, and the next link."""
+    residual, act, layers, end = None, None, [links[at].layer], _next(links, at + 1)
     if end < len(links) and links[end].kind == "add":
         residual, end = links[end].layer, _next(links, end + 1)
     if end < len(links) and links[end].kind == "activation" and (act := act_of(links[end].layer)):
-        parts.append(links[end].layer)
+        layers.append(links[end].layer)
         end += 1
-    moments = None
-    if conv is not None:
-        parts.insert(0, conv)
-        share = _share(norm)
-        if share is None or not _convolves(conv, norm, x):
-            return conv(x), first
-        x, moments = _with_moments(conv, x, *share)
-    elif residual is None and act is None:
-        return None
-    if not _fits(norm, x, residual, act):
-        return None if conv is None else (x, first)
-    ran = ["conv"] * (conv is not None) + ["norm"] + ["residual"] * (residual is not None)
-    _remember(" + ".join([*ran, *([act.kind] if act else [])]), *parts)
-    return _normalised(norm, x, act or Act("identity"), residual, moments), end
+    return links[at].layer, residual, act, layers, end
 
 
 def _next(links: Sequence[Any], at: int) -> int:
@@ -112,9 +116,9 @@ def _next(links: Sequence[Any], at: int) -> int:
     return at
 
 
-def _remember(text: str, *layers: Any) -> None:
+def _remember(words: Sequence[str], *layers: Any) -> None:
     if not torch.compiler.is_compiling():
-        _seen.update((layer, text) for layer in layers if isinstance(layer, nn.Module))
+        _seen.update((layer, " + ".join(words)) for layer in layers if isinstance(layer, nn.Module))
 
 
 def _fits(norm: Norm, x: Tensor, residual: Any, act: Act | None) -> bool:
