@@ -194,8 +194,9 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     w, *kept = ctx.saved_tensors
     need_x, need_w, need_b, *_ = ctx.needs_input_grad
-    dx = conv_input_grad(dy, w, None, *ctx.how, ctx.size) if need_x else None
+    # dw first: an x that is made again for it is gone before dx takes memory.
     dw = conv_weight_grad(ctx.x.give(kept), dy, *ctx.how, w.shape[2:]) if need_w else None
+    dx = conv_input_grad(dy, w, None, *ctx.how, ctx.size) if need_x else None
     return dx, dw, channel_sum(dy) if need_b else None, None, None, None, None
 
 
@@ -237,8 +238,8 @@ def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     w, _, *kept = ctx.saved_tensors
     need_dy, need_w, need_b, *_ = ctx.needs_input_grad
-    ddy = conv(ddx, w, None, *ctx.how) if need_dy else None
     dw = conv_weight_grad(ddx, ctx.dy.give(kept), *ctx.how, w.shape[2:]) if need_w else None
+    ddy = conv(ddx, w, None, *ctx.how) if need_dy else None
     return ddy, dw, channel_sum(ddx) if need_b else None, None, None, None, None, None
 
 
