@@ -81,10 +81,16 @@ def convert(module: nn.Module, root: bool) -> None:
     if own in LAYERS:
         module.__class__ = LAYERS[own]
         module.__dict__[MARK] = True
-    elif root and not isinstance(module, torch.jit.ScriptModule) and own.__module__ != ours.__name__:
+    elif root and _is_network(module):
         module.__class__ = stand_in(cast(Any, original(module)), True)
     elif kept(module) is None and not hasattr(own, STANDS_FOR):
         module.__class__ = stand_in(own, False)
+
+
+def _is_network(module: nn.Module) -> bool:
+    """Whether this module holds others and may get another class."""
+    fixed = isinstance(module, torch.jit.ScriptModule) or nn.utils.parametrize.is_parametrized(module)
+    return not fixed and any(True for _ in module.children())
 
 
 def restore(module: nn.Module) -> None:
@@ -93,12 +99,16 @@ def restore(module: nn.Module) -> None:
     module.__dict__.pop(MARK, None)
 
 
-@cache
 def stand_in(own: Any, root: bool) -> type[nn.Module]:
     """The class that stands for `own`. A root sets the memory format, so nothing waits in front of or behind it."""
-    waits = _waiting(own)
+    return _made(own, own.forward, root)
 
-    @functools.wraps(own.forward)
+
+@cache
+def _made(own: Any, original: Callable[..., Any], root: bool) -> type[nn.Module]:
+    waits = _waiting(original)
+
+    @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if root:
             return layout.channels_last(lambda *a, **k: force(waits(self, *a, **k)), args, kwargs)
@@ -116,13 +126,13 @@ def stand_in(own: Any, root: bool) -> type[nn.Module]:
     return type(own.__name__, (own,), body)
 
 
-def _waiting(own: type[nn.Module]) -> Callable[..., Any]:
-    if own.forward is nn.Sequential.forward:
+def _waiting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    if forward is nn.Sequential.forward:
         return sequential
     try:
-        return lazily(own.forward)
+        return lazily(forward)
     except Unreadable:
-        return own.forward
+        return forward
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
