@@ -197,7 +197,7 @@ def test_verbose_lines_hold_a_problem_that_parses_back(text: str, capsys: pytest
         x.contiguous(memory_format=last) if p.last else x, w, b, p.s, p.p, p.d, p.g
     )
     lines = verbose_lines(capsys, lambda: call().sum().backward())
-    ops = ["conv", "conv_input_grad", "conv_weight_grad"] + ["conv_bias_grad"] * p.bias
+    ops = ["conv", "conv_weight_grad", "conv_input_grad"] + ["conv_bias_grad"] * p.bias
     assert [line[0] for line in lines] == ops
     for op, problem, algorithm, isa, *_ in lines[:3]:
         q = Problem.parse(problem)
