@@ -148,8 +148,8 @@ def test_training_goes_where_torchs_goes(name):
     theirs = losses(copy.deepcopy(first), x)
     ours = losses(convoxel.accelerate(copy.deepcopy(first)), x)
     assert exact[-1] < 0.8 * exact[0]
-    # `high` rounds ten times as coarsely as float32: both stay far below what a step changes.
-    assert (ours - exact).abs().max() <= max(2 * (theirs - exact).abs().max(), 1e-3 * exact[0])
+    # Ten steps' rounding of a float32 loss; a wrong gradient shows in the second step.
+    assert (ours - exact).abs().max() <= max(2 * (theirs - exact).abs().max(), 1e-5 * exact[0])
 
 
 # All around it ------------------------------------------------------------------------------------

@@ -22,11 +22,10 @@ from . import blocks
 LAZY = "_convoxel_lazily"  # of a converted module's class: its forward with calls that wait
 ACTIVATIONS = {F.relu, F.leaky_relu}
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    getattr(torch.nn.functional, name): getattr(F, name)
-    for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
-                 "max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-                 "interpolate", "relu", "leaky_relu")
-} | {torch.relu: F.relu, torch.cat: F.cat, torch.concat: F.cat}  # fmt: skip
+    getattr(torch.nn.functional, name): own
+    for name, own in vars(F).items()
+    if getattr(own, "__module__", None) == F.__name__ and hasattr(torch.nn.functional, name)
+} | {torch.relu: F.relu, torch.cat: F.cat, torch.concat: F.cat}
 
 
 class Link(NamedTuple):
