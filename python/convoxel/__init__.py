@@ -49,6 +49,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "phantom",
     "report",
     "reset_stats",
     "restore",
@@ -61,11 +62,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import inference, volume
+    from . import inference, phantom, volume
 else:
 
     def __getattr__(name: str) -> object:
         """Imports what training does not need on first use."""
-        if name in ("inference", "volume"):
+        if name in ("inference", "phantom", "volume"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
