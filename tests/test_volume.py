@@ -477,7 +477,7 @@ def test_files_that_are_no_scans(tmp_path):
         ("text.nii", b"hello, world" * 50, "not a NIfTI file"),
         ("packed.nii", gzip.compress(b"x"), "rename it to .nii.gz"),
         ("plain.nii.gz", b"x" * 400, "not gzip"),
-        ("scan.mha", b"x", "ends in .nii"),
+        ("scan.png", b"x", "ends in .nii"),
         ("pair.hdr", b"x", "pairs"),
         ("nul\0.nii", None, "cannot open"),
     ]:

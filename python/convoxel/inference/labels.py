@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..volume import Volume, write
-from ..volume.nifti import check_target
+from ..volume.formats import check_target
 from .sliding import sliding_window_inference
 from .windows import per_axis, starts, window_size
 

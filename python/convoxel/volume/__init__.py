@@ -1,10 +1,10 @@
-"""Scans: an array together with its place in the patient, read from and written to NIfTI.
+"""Scans: an array together with its place in the patient, read from and written to files.
 
 Arrays are (z, y, x), spacings (z, y, x) in mm, affines map (x, y, z) voxel indices to RAS+ mm; the
-user page is docs/volume.md. Only `read` and `write` need nibabel (`pip install "convoxel[io]"`).
+user page is docs/volume.md. NIfTI needs nibabel (`pip install "convoxel[io]"`).
 """
 
 from .core import Volume, VolumeError
-from .nifti import read, write
+from .formats import read, write
 
 __all__ = ["Volume", "VolumeError", "read", "write"]

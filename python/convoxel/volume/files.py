@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import stat
+import sys
 import uuid
+import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -17,45 +21,36 @@ from numpy.typing import NDArray
 from .core import VolumeError
 
 _DEFLATE_RATIO = 1032  # deflate's best: 258 bytes out of 2 bits
-_COMPRESSION = 3  # label maps shrink nearly as far as with 9, in a fraction of the time
+COMPRESSION = 3  # label maps shrink nearly as far as with 9, in a fraction of the time
+_HERE = Path(__file__).parent
 
 
 class Source:
-    """A file read from front to back; whatever goes wrong is a VolumeError that names it."""
+    """A file read from front to back; whatever goes wrong is a VolumeError that names it.
 
-    def __init__(self, path: Path) -> None:
+    A quiet source keeps its warnings to itself: it looks at a file that this package has just written.
+    """
+
+    def __init__(self, path: Path, *, quiet: bool = False) -> None:
         self.path = path
-        self.compressed = path.name.lower().endswith(".gz")
+        self.quiet = quiet
+        self.compressed = False
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-                raise self.error(f"this is {kind}", "give the path of one .nii or .nii.gz file")
+                raise self.error(f"this is {kind}", "give the path of one file")
             self.file_size = status.st_size
-            self._raw: IO[bytes] = path.open("rb")
+            self._raw = path.open("rb")
         except (OSError, ValueError) as error:
             if isinstance(error, VolumeError):
                 raise
             reason = getattr(error, "strerror", None) or str(error)
             raise self.error(f"cannot open ({reason})", "check the path and its permissions") from error
-        self._stream: IO[bytes] = self._raw
-        try:
-            self._open_stream()
-        except BaseException:
-            self._raw.close()
-            raise
-
-    def _open_stream(self) -> None:
+        self._stream: Any = self._raw
         if self.file_size == 0:
+            self._raw.close()
             raise self.error("the file is empty", "copy it again from where it came")
-        zipped = self._raw.read(2) == b"\x1f\x8b"
-        self._raw.seek(0)
-        if zipped and not self.compressed:
-            raise self.error("named .nii but gzip-compressed", "rename it to .nii.gz")
-        if self.compressed and not zipped:
-            raise self.error("named .gz but not gzip-compressed", "rename it to .nii if it is NIfTI")
-        if zipped:
-            self._stream = gzip.GzipFile(fileobj=self._raw, mode="rb")  # type: ignore[assignment]
 
     def __enter__(self) -> Source:
         return self
@@ -68,16 +63,32 @@ class Source:
     def error(self, reason: str, remedy: str) -> VolumeError:
         return VolumeError(f"{self.path}: {reason}; {remedy}")
 
+    def warn(self, message: str) -> None:
+        if not self.quiet:
+            warn(f"{self.path}: {message}")
+
+    def is_gzip(self) -> bool:
+        return self._raw.peek(2)[:2] == b"\x1f\x8b"
+
+    def inflate(self) -> None:
+        """What follows is compressed, by gzip or zlib."""
+        zipped = gzip.GzipFile(fileobj=self._raw, mode="rb") if self.is_gzip() else _Zlib(self._raw)
+        self._stream, self.compressed = zipped, True
+
     def could_hold(self, count: int) -> bool:
         """Whether `count` bytes can come out of a file of this size at all."""
         return count <= self.file_size * (_DEFLATE_RATIO if self.compressed else 1)
+
+    def line(self, longest: int) -> bytes:
+        """The next line with its end, at most `longest` bytes; b"" at the end of the file."""
+        return self._raw.readline(longest)
 
     def fill(self, buffer: memoryview) -> None:
         """Fills the buffer with the next bytes."""
         done = 0
         try:
             while done < len(buffer):
-                got = self._stream.readinto(buffer[done : done + (1 << 24)])  # type: ignore[attr-defined]
+                got = self._stream.readinto(buffer[done : done + (1 << 24)])
                 if not got:
                     raise EOFError("end of file")
                 done += got
@@ -91,8 +102,19 @@ class Source:
         self.fill(memoryview(buffer))
         return bytes(buffer)
 
+    def skip(self, count: int) -> None:
+        while count > 0:
+            count -= len(self.read(min(count, 1 << 20)))
+
+    def skip_to_last(self, count: int) -> None:
+        """To the last `count` bytes of a file that is not compressed."""
+        before = self.file_size - count - self._raw.tell()
+        if before < 0:
+            raise self.error(f"the last {count} bytes overlap the header", "it is cut off: copy it again")
+        self.skip(before)
+
     def end(self) -> None:
-        """Checks that nothing follows, and with gzip that length and checksum are right."""
+        """Checks that nothing follows, and if compressed that length and checksum are right."""
         try:
             rest = self._stream.read(1)
         except (OSError, EOFError, zlib.error) as error:
@@ -103,37 +125,70 @@ class Source:
                 "one of the two is wrong; export it again",
             )
 
-    def voxels(self, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """The next `count` values, which have to be the file's last."""
-        try:
-            array = np.empty(count, dtype)
-        except (MemoryError, ValueError) as error:
+    def afford(self, end: int, needed: int, limit: int | None) -> None:
+        """Refuses what the file cannot hold (bytes up to its last voxel) or memory is not to (limit)."""
+        if not self.could_hold(end):
             raise self.error(
-                f"no memory for {count * dtype.itemsize} bytes of voxels", "use a larger machine"
-            ) from error
-        self.fill(array.view(np.uint8).data)
+                f"the header announces {end} bytes, the file of {self.file_size} bytes cannot hold them",
+                "it is cut off or its header damaged; copy or export it again",
+            )
+        limit = machine_memory() // 2 if limit is None else limit
+        if needed > limit:
+            raise self.error(
+                f"its voxels need {needed} bytes of memory, the limit is {limit}",
+                "raise it by read(path, max_bytes=...) if the machine has them",
+            )
+
+    def voxels(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The next values in C order, which have to be the file's last."""
+        try:
+            array = np.empty(shape, dtype)
+        except (MemoryError, ValueError) as error:
+            needed = math.prod(shape) * dtype.itemsize
+            raise self.error(f"no memory for {needed} bytes of voxels", "use a larger machine") from error
+        self.fill(array.reshape(-1).view(np.uint8).data)
         self.end()
         return array
 
 
-def write_atomically(path: Path, head: bytes, array: NDArray[Any]) -> None:
-    """Header bytes and the array in C order into `path`; gzip-compressed if the name ends in .gz.
+class _Zlib:
+    """A zlib stream; the last byte of it must be the file's last."""
 
-    The bytes go to a file aside, are flushed to the disk and renamed: at any instant `path` holds either
-    what it held before or everything.
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._decoder = zlib.decompressobj()
+
+    def readinto(self, buffer: memoryview) -> int:
+        while len(buffer) and not self._decoder.eof:
+            data = self._decoder.unconsumed_tail or self._raw.read(1 << 16)
+            out = self._decoder.decompress(data, len(buffer))
+            buffer[: len(out)] = out
+            if out or not data:
+                return len(out)
+        return 0
+
+    def read(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        got = self.readinto(memoryview(buffer))
+        if not got and not self._decoder.eof:
+            raise EOFError("its checksum is missing")
+        return bytes(buffer[:got]) or self._decoder.unused_data or self._raw.read(count)
+
+
+def write_atomically(path: Path, save: Callable[[IO[bytes]], None], check: Callable[[Path], None]) -> None:
+    """What `save` writes becomes `path`, or nothing does.
+
+    The bytes go to a file aside, are flushed to the disk, looked at by `check` and renamed: at any
+    instant `path` holds either what it held before or everything.
     """
     path = Path(os.path.realpath(path))
     aside = path.with_name(f".convoxel-{uuid.uuid4().hex}.part")
     try:
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as raw:
-            if path.name.lower().endswith(".gz"):
-                # no name and no time inside: the same volume gives the same bytes
-                with gzip.GzipFile("", "wb", _COMPRESSION, raw, mtime=0) as zipped:
-                    _write(zipped, head, array)
-            else:
-                _write(raw, head, array)
+            save(raw)
             raw.flush()
             os.fsync(raw.fileno())
+        check(aside)
         os.replace(aside, path)
         _sync_folder(path.parent)
     except BaseException as error:
@@ -146,10 +201,23 @@ def write_atomically(path: Path, head: bytes, array: NDArray[Any]) -> None:
         raise
 
 
-def _write(stream: Any, head: bytes, array: NDArray[Any]) -> None:
-    stream.write(head)
-    for index in np.ndindex(array.shape[:-2]):  # by planes: a reoriented view is never copied whole
+def write_array(stream: IO[bytes] | gzip.GzipFile, array: NDArray[Any]) -> None:
+    """In C order, by planes: a reoriented view is never copied whole."""
+    for index in np.ndindex(array.shape[:-2]):
         stream.write(np.ascontiguousarray(array[index]).data)
+
+
+def gzipped(stream: IO[bytes]) -> gzip.GzipFile:
+    """To write into, and to close. No name and no time inside: the same volume gives the same bytes."""
+    return gzip.GzipFile("", "wb", COMPRESSION, stream, mtime=0)
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line outside this package that called it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and Path(frame.f_code.co_filename).is_relative_to(_HERE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,16 +8,17 @@ channel: its bytes are our (C, D, H, W) array in C order, and nothing is transpo
 from __future__ import annotations
 
 import math
-import os
 import struct
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .core import Volume, VolumeError
-from .files import Source, machine_memory, write_atomically
+from .files import Source, gzipped, write_array
+from .layout import Layout, shrunk
 from .placement import read_placement, write_placement
 from .resample import linear_dtype
 
@@ -32,96 +33,56 @@ _REFUSED = {
 _MAX_EXTENSIONS = 64 << 20  # bytes between header and voxels; real files have kilobytes
 
 
-def read(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Volume:
-    """Reads a NIfTI scan.
-
-    Two dimensions come as (1, H, W), three as (D, H, W), four (or five of which the fourth is 1) as
-    (C, D, H, W). Values come in the file's dtype; where the file has a slope and an intercept they are
-    applied, in float32 (float64 if more than 16 bits are stored or float32 cannot hold the range). The
-    affine is the sform, else the qform, else the voxel sizes with x running to the left, as nibabel has
-    it; metres and microns become mm.
-
-    Args:
-        path: a file that ends in .nii or .nii.gz.
-        max_bytes: most memory to take for the voxels; None: half of the machine's.
-
-    Raises:
-        VolumeError: the file is missing, broken, inconsistent, too large or of a kind not supported.
-        ImportError: nibabel is not installed.
-
-    Warns:
-        UserWarning: the file places its voxels twice and differently (the sform is taken), or not at all.
-
-    Example:
-        >>> volume = read("t1.nii.gz")
-        >>> volume.shape, volume.spacing
-        ((176, 256, 240), (1.0, 0.9375, 0.9375))
-    """
-    path = _checked_path(path)
-    nibabel = _nibabel()
+def read(path: Path, max_bytes: int | None) -> Volume:
+    """The affine is the sform, else the qform, else the voxel sizes with x running to the left."""
+    nibabel = need_nibabel()
     with Source(path) as source:
+        _check_gzip(source, path)
         header = _read_header(source, nibabel)
-        dtype, shape, scale = (
-            _stored_dtype(header, source),
-            _array_shape(header, source),
-            _scaling(header, source),
-        )
-        result = _scaled_dtype(dtype, scale) if scale else dtype.newbyteorder("=")
-        with np.errstate(all="ignore"):  # numbers of a damaged header: they are checked, not warned about
-            affine, spacing, kept = read_placement(header, shape[-3:], source)
-        count, offset = math.prod(shape), _data_offset(header, source)
-        converted = 0 if result == dtype else result.itemsize
-        limit = machine_memory() // 2 if max_bytes is None else max_bytes
-        _check_size(source, offset + count * dtype.itemsize, count * (dtype.itemsize + converted), limit)
-        source.read(offset - header.sizeof_hdr)
-        stored = source.voxels(count, dtype).reshape(shape)
-        array = _scaled(stored, scale, result, source) if scale else stored
-    return Volume(array, spacing, affine)._from_file(kept)
+        found, offset = _layout(header, source)
+        scale = _scaling(header, source)
+        result = _scaled_dtype(found.dtype, scale) if scale else found.dtype.newbyteorder("=")
+        count = math.prod(found.shape)
+        converted = 0 if result == found.dtype else result.itemsize
+        source.afford(offset + found.bytes, count * (found.dtype.itemsize + converted), max_bytes)
+        source.skip(offset - header.sizeof_hdr)
+        volume = found.load(source)
+        return volume._with(_scaled(volume.array, scale, result, source)) if scale else volume
 
 
-def write(volume: Volume, path: str | os.PathLike[str]) -> None:
-    """Writes a NIfTI file: aside, flushed to the disk, then renamed, so no half file ever has the name.
+def find(source: Source) -> tuple[Layout, Source]:
+    if source.is_gzip():
+        source.inflate()
+    return _layout(_read_header(source, need_nibabel()), source)[0], source
 
-    A volume that was read, or made from one by `like`, gets that file's geometry fields back bit for
-    bit; any other affine goes into sform and qform, in float32. bool is stored as uint8, float16 as
-    float32, 64-bit integers in the smallest type that holds their values; a grid with an axis beyond
-    32767 voxels as NIfTI-2.
 
-    Args:
-        volume: what to write.
-        path: ends in .nii or .nii.gz; its folder must exist; a file of that name is replaced.
+def _layout(header: Any, source: Source) -> tuple[Layout, int]:
+    """Also the byte at which the voxels begin."""
+    dtype, shape = _stored_dtype(header, source), _array_shape(header, source)
+    with np.errstate(all="ignore"):  # numbers of a damaged header: they are checked, not warned about
+        affine, spacing, kept = read_placement(header, shape[-3:], source)
+    return Layout(shape, dtype, affine, spacing, kept=kept), _data_offset(header, source)
 
-    Raises:
-        VolumeError: wrong ending, folder missing, disk full, or values beyond 32-bit integers.
-        ImportError: nibabel is not installed.
 
-    Example:
-        >>> scan = read("t1.nii.gz")
-        >>> write(scan.like(labels.astype(np.uint8)), "t1_labels.nii.gz")
-    """
-    path = _checked_path(path)
-    nibabel = _nibabel()
+def save(volume: Volume, stream: IO[bytes], compress: bool, path: Path) -> None:
+    """A volume that was read, or made from one by `like`, gets that file's geometry fields bit for bit;
+    any other affine goes into sform and qform, in float32. Axes beyond 32767 voxels make it NIfTI-2."""
+    nibabel = need_nibabel()
     array = _storable(volume.array, path)
     kept = volume._file_placement()
-    large = max(array.shape) > np.iinfo(np.int16).max or (kept is not None and kept["nifti"] == 2)
+    large = max(array.shape) > np.iinfo(np.int16).max or (kept is not None and kept.get("nifti") == 2)
     header = nibabel.Nifti2Header() if large else nibabel.Nifti1Header()
     header.set_data_dtype(array.dtype)
     header["dim"] = [array.ndim, *array.shape[::-1], *[1] * (7 - array.ndim)]
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["vox_offset"] = header.sizeof_hdr + 4
     write_placement(header, volume, kept)
-    write_atomically(path, header.binaryblock + bytes(4), array)
+    with gzipped(stream) if compress else nullcontext(stream) as target:
+        target.write(header.binaryblock + bytes(4))
+        write_array(target, array)
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raises now what `write` would raise later: before hours of work whose result it is to hold."""
-    _nibabel()
-    folder = _checked_path(path).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise VolumeError(f"{path}: its folder does not exist or is not writable; make it first")
-
-
-def _nibabel() -> Any:
+def need_nibabel() -> Any:
     try:
         import nibabel
     except ImportError as error:
@@ -129,34 +90,26 @@ def _nibabel() -> Any:
     return nibabel
 
 
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    name = path.name.lower()
-    if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
-        raise VolumeError(f"{path}: .hdr/.img pairs are not supported; convert the pair to one .nii.gz")
-    if not name.endswith((".nii", ".nii.gz")):
-        raise VolumeError(
-            f"{path}: expected a name that ends in .nii or .nii.gz; convert other formats first"
-        )
-    return path
+def _check_gzip(source: Source, path: Path) -> None:
+    named = path.name.lower().endswith(".gz")
+    if source.is_gzip():
+        source.inflate()
+    if source.compressed and not named:
+        raise source.error("named .nii but gzip-compressed", "rename it to .nii.gz")
+    if named and not source.compressed:
+        raise source.error("named .gz but not gzip-compressed", "rename it to .nii if it is NIfTI")
 
 
 def _storable(array: NDArray[Any], path: Path) -> NDArray[Any]:
     """The array in a type that NIfTI readers know."""
-    if array.dtype.kind == "b":
-        return array.view(np.uint8)
-    if array.dtype == np.float16:
-        return array.astype(np.float32)
-    if array.dtype.kind == "f" or array.dtype.itemsize < 8:
-        return array
-    low, high = int(array.min()), int(array.max())
-    for name in ("u1", "u2", "i2", "u4", "i4"):
-        if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
-            return array.astype(name)
-    raise VolumeError(
-        f"{path}: values from {low} to {high} do not fit a 32-bit integer, and few programs read 64-bit "
-        "NIfTI; renumber the labels, or write array.astype(float) if they are measurements"
-    )
+    array = shrunk(array)
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        raise VolumeError(
+            f"{path}: values from {array.min()} to {array.max()} do not fit a 32-bit integer, and few "
+            "programs read 64-bit NIfTI; renumber the labels, or write array.astype(float) if they are "
+            "measurements"
+        )
+    return array
 
 
 def _read_header(source: Source, nibabel: Any) -> Any:
@@ -254,20 +207,6 @@ def _scaled(
             f"scaled by {slope} and {offset}, values exceed {dtype}", "the header is damaged; export it again"
         ) from error
     return array
-
-
-def _check_size(source: Source, end: int, needed: int, limit: int) -> None:
-    """end: bytes up to the last voxel; needed: bytes of memory for the voxels."""
-    if not source.could_hold(end):
-        raise source.error(
-            f"the header announces {end} bytes, the file of {source.file_size} bytes cannot hold them",
-            "it is cut off or its header damaged; copy or export it again",
-        )
-    if needed > limit:
-        raise source.error(
-            f"its voxels need {needed} bytes of memory, the limit is {limit}",
-            "raise it by read(path, max_bytes=...) if the machine has them",
-        )
 
 
 def _data_offset(header: Any, source: Source) -> int:

@@ -8,7 +8,6 @@ answers disagree, a warning says so and by how much.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 
 from .core import Volume, VolumeError
 from .files import Source
+from .layout import SPACING_MM
 from .orientation import corners
 
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown (taken as mm), m, mm, micron
-_SPACING_MM = (1e-7, 1e6)  # from electron microscopy to nonsense
 _SAME_PLACE = 0.1  # voxels: qform and sform are float32 and come from different formulas
 _ALIGNED = 2  # NIFTI_XFORM_ALIGNED_ANAT: what nibabel writes for an affine that a program made
 _KEPT = (
@@ -44,8 +43,8 @@ def read_placement(
             "voxels have no place in the patient; set the right one and save it again",
         )
     if not np.allclose(lengths, sizes, rtol=1e-3, atol=0):
-        _warn(
-            f"{source.path}: the header's voxel size {sizes.tolist()} and its affine's {lengths.tolist()} "
+        source.warn(
+            f"the header's voxel size {sizes.tolist()} and its affine's {lengths.tolist()} "
             "(x, y, z) mm differ; the affine's is taken"
         )
         sizes = lengths
@@ -69,7 +68,7 @@ def _voxel_sizes(header: Any, source: Source) -> tuple[NDArray[np.float64], floa
 
 
 def _check_sizes(sizes: NDArray[np.float64], what: str, source: Source) -> None:
-    low, high = _SPACING_MM
+    low, high = SPACING_MM
     if not ((sizes >= low) & (sizes <= high)).all():  # NaN compares false
         raise source.error(
             f"the {what} (x, y, z) is {sizes.tolist()} mm, expected positive, finite numbers",
@@ -84,14 +83,14 @@ def _choose_affine(header: Any, grid_shape: tuple[int, ...], source: Source) -> 
         if not 0 <= code <= 5:
             raise source.error(f"{name}_code is {code}, the standard knows 0 to 5", "export the file again")
     if not any(codes.values()):
-        _warn(f"{source.path}: the header does not say how the scan lies; x is taken to run to the left")
+        source.warn("the header does not say how the scan lies; x is taken to run to the left")
         return np.array(header.get_base_affine(), np.float64)
     found = {name: _form(header, name, source) for name, code in codes.items() if code}
     if len(found) == 2:
         apart = np.linalg.norm((found["sform"] - found["qform"]) @ corners(grid_shape), axis=0).max()
         if not apart <= _SAME_PLACE * header["pixdim"][1:4].min():
-            _warn(
-                f"{source.path}: sform (code {codes['sform']}) and qform (code {codes['qform']}) place "
+            source.warn(
+                f"sform (code {codes['sform']}) and qform (code {codes['qform']}) place "
                 f"voxels up to {apart:.3g} mm apart; the sform is taken"
             )
     return found["sform"] if "sform" in found else found["qform"]
@@ -109,13 +108,9 @@ def _form(header: Any, name: str, source: Source) -> NDArray[np.float64]:
     return affine
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=5)  # the line that called read()
-
-
 def write_placement(header: Any, volume: Volume, kept: Mapping[str, Any] | None) -> None:
     """Fills the header's pixdim, qform and sform: the fields as they were read, or the affine in float32."""
-    if kept is not None:
+    if kept is not None and "nifti" in kept:
         for name in _KEPT:
             header[name] = kept[name]
         return
