@@ -6,7 +6,7 @@
 // taps then see pairs that begin at even positions. An item is (piece of the outputs, some blocks of output channels,
 // some of input channels); a piece goes along D with the slices of x that it needs in a ring, sums into panels of
 // its own, and the panels are added in order: the same bits for every number of threads.
-#include "conv_amx.h"
+#include "amx_pairs.h"
 #include "tables.h"
 
 namespace convoxel {
@@ -20,7 +20,6 @@ constexpr int64_t kMinPieces = 16, kMostBlocks = 4;  // of items; of channels in
 constexpr int64_t kSlabPositions = 512;              // a slab has so many where it can
 constexpr int64_t kPassSteps = 16;                   // 512 positions: 32 KB of dy stay in L1 for all taps
 constexpr int64_t kPanel = 32 * 32;                  // sums of one tap, 32 output and 32 input channels
-constexpr int64_t kStepPositions = 32;
 
 struct Plan {
   int64_t N, C, K, c_blocks, k_blocks, taps;
@@ -84,46 +83,6 @@ inline Plan make_plan(const ConvGeometry& g) {
   p.lines = round_up(max(p.axis[kW].in, p.axis[kW].out), kRows);
   p.index = packed_extent(p.axis[kH], p.axis[kH].tile, p.by_taps);
   return p;
-}
-
-// Pairs of positions -------------------------------------------------------------------------------
-
-// Unpacking keeps within quarters of a vector: half h of 16 channels has those of 8 q + 4 h + r, at 4 q + r.
-inline int64_t channel_at(int64_t half, int64_t i) { return i / 4 * 8 + half * 4 + i % 4; }
-
-inline __m512i load_line(const bfloat16* p, __mmask32 channels) { return _mm512_maskz_loadu_epi16(channels, p); }
-
-// Two lines of x as a pair of positions: [half][16 channels][2].
-inline void store_pair(__m512i a, __m512i b, bfloat16* to) {
-  _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
-  _mm512_storeu_si512(to + kChannels, _mm512_unpackhi_epi16(a, b));
-}
-
-// The positions of x that one tap along W meets: n of them from `first`, `stride` apart; zeros where x has none.
-inline void pack_pairs(const bfloat16* src, int64_t step, __mmask32 some, int64_t first, int64_t stride, int64_t size,
-                       int64_t n, bfloat16* to) {
-  int64_t begin = max<int64_t>(0, ceil_div(max<int64_t>(0, -first), stride));
-  int64_t end = first < size ? min(n, (size - 1 - first) / stride + 1) : 0;
-  src += first * step, step *= stride;
-  auto line = [&](int64_t i) { return i >= begin && i < end ? load_line(src + i * step, some) : __m512i{}; };
-  int64_t i = 0;
-  for (; i < n && i < begin; i += 2) store_pair(line(i), line(i + 1), to + i * kChannels);
-  for (; i + 1 < end; i += 2)
-    store_pair(load_line(src + i * step, some), load_line(src + (i + 1) * step, some), to + i * kChannels);
-  for (; i < n; i += 2) store_pair(line(i), line(i + 1), to + i * kChannels);
-}
-
-// 32 lines of dy, `step` apart, as two tiles [16 output channels][32 positions].
-inline void turn(const bfloat16* lines, int64_t step, __mmask32 some, bfloat16* tiles) {
-  Words low[kRows], high[kRows];
-  for (int64_t i = 0; i < kRows; ++i) {
-    __m512i a = load_line(lines + 2 * i * step, some), b = load_line(lines + (2 * i + 1) * step, some);
-    low[i] = (Words)_mm512_unpacklo_epi16(a, b), high[i] = (Words)_mm512_unpackhi_epi16(a, b);
-  }
-  transpose_block<float>(low);
-  transpose_block<float>(high);
-  __builtin_memcpy(tiles, low, sizeof low);
-  __builtin_memcpy(tiles + kRows * kChannels, high, sizeof high);
 }
 
 // One piece ----------------------------------------------------------------------------------------

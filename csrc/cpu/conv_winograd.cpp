@@ -23,117 +23,10 @@
 #include "conv_weights.h"
 #include "gemm.h"
 #include "tables.h"
-#include "winograd_region.h"
+#include "winograd_weights.h"
 
 namespace convoxel {
 namespace {
-
-constexpr int64_t kChain = 64;                 // channels of one chain of sums; their X stays in L1
-constexpr int64_t kNearWeights = 1024 * 1024;  // bytes of U that stay in the second-level cache
-constexpr int64_t kFewTiles = 128;             // per image, at most, for weights first
-constexpr int64_t kBatch = 8;                  // regions, weights first
-
-struct Plan : Tiling {
-  bool transposed, weights_first;
-  int64_t all, most_tiles, c_stride, batch;  // all: regions of all images and groups; most_tiles: of a region
-  int block_vectors;
-  int64_t panel, transformed, rows, V, X, Y, M_size, out_tile, index[kAxes];  // elements of scratch
-};
-
-// Regions of many tiles, so that the weights' way from a far cache is shared by them; few where the weights stay in
-// the second-level cache beside them. Among these, the ones with little halo.
-template <class A>
-void choose_regions(Plan& p) {
-  bool near = p.C * p.K * p.points_d * p.points_hw * int64_t(sizeof(A)) <= kNearWeights;
-  p.weights_first = !near && p.tiles[kD] * p.tiles[kH] * p.tiles[kW] <= kFewTiles;
-  const int64_t T = near ? 14 : p.weights_first ? 64 : 32;
-  double best = 0;
-  int64_t t[kAxes];
-  for (t[kD] = 1; t[kD] <= min<int64_t>(p.tiles[kD], T); ++t[kD])
-    for (t[kH] = 1; t[kH] <= min<int64_t>(p.tiles[kH], T / t[kD]); ++t[kH])
-      for (t[kW] = 1; t[kW] <= min<int64_t>(p.tiles[kW], T / t[kD] / t[kH]); ++t[kW]) {
-        double regions = 1, halo = 1, tiles = 1;
-        int64_t most = 1;
-        for (int a = 0; a < kAxes; ++a) {
-          int64_t n = ceil_div(p.tiles[a], t[a]);
-          regions *= double(n), halo *= double(extent_of(p, a, t[a]));
-          tiles *= double(p.tiles[a]) / double(n), most *= ceil_div(p.tiles[a], n);
-        }
-        int64_t parts = ceil_div(most, tile_rows(p.block_vectors));
-        double cost = regions * (double(p.points_d * p.points_hw) * (tiles + 2.0 * double(parts)) + 0.3 * halo + 200);
-        if (best != 0 && cost >= best) continue;
-        best = cost;
-        for (int a = 0; a < kAxes; ++a) p.most[a] = t[a];
-      }
-  even_regions(p);
-}
-
-template <class A>
-Plan make_plan(const ConvGeometry& g, bool transposed) {
-  constexpr int L = kLanes<A>;
-  Plan p{};
-  p.transposed = transposed;
-  set_tiling(p, g, transposed);
-  p.block_vectors = min(kTileVectors, p.K > 2 * L ? 4 : 2);
-  choose_regions<A>(p);
-  if (p.weights_first) p.block_vectors = 2;
-  p.all = p.N * p.groups, p.most_tiles = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    p.all *= p.regions[a], p.most_tiles *= p.most[a];
-    p.index[a] = extent_of(p, a, p.most[a]);
-  }
-  ChannelBlocks<A> blocks(p.K, p.block_vectors);
-  p.batch = p.weights_first ? min(p.all, max<int64_t>(1, min(kBatch, kMinItems / blocks.count))) : 1;
-  p.c_stride = round_up(p.C, L);
-  p.panel = p.groups * blocks.padded() * p.C * p.taps;
-  int64_t columns = points(p.M[kW]) * p.points_d;  // of which weights first has the weights and sums at a time
-  p.transformed =
-      p.weights_first ? columns * kChain * blocks.width : p.points_hw * p.points_d * p.groups * blocks.padded() * p.C;
-  p.rows = packed_elements<A>(p, p.weights_first ? 1 : p.most[kH]);
-  p.V = p.points_hw * point_step<A>(p.index[kD] * p.most[kH] * p.most[kW] * p.c_stride);
-  p.X = p.points_d * p.most_tiles * (p.weights_first ? p.points_hw * p.c_stride : kChain);
-  p.Y = (p.weights_first ? columns : p.points_d) * p.most_tiles * blocks.width;
-  p.M_size = p.points_hw * point_step<A>(p.M[kD] * p.most_tiles * blocks.width);
-  p.out_tile = p.most_tiles * p.M[kD] * p.M[kH] * p.M[kW] * blocks.width;
-  return p;
-}
-
-// All points of one vector of weights.
-template <class A>
-void transform_weight(const Plan& p, const A* panel, int64_t tap_step, A* U, int64_t u_step) {
-  constexpr int L = kLanes<A>;
-  int64_t w_step[2] = {3 * tap_step, tap_step}, point_hw = p.points_d * u_step;
-  int64_t hw_step[2] = {points(p.M[kW]) * point_hw, point_hw}, plane_step[2] = {points(p.M[kW]) * L, L};
-  alignas(64) A work[36 * L], planes[3 * 36 * L];
-  with_outputs(p.M[kW], [&](auto M) {
-    if (p.M[kD] == 1) return transform_plane<WeightTransform, M()>(panel, w_step, work, U, hw_step);
-    for (int64_t d = 0; d < 3; ++d)
-      transform_plane<WeightTransform, M()>(panel + d * 9 * tap_step, w_step, work, planes + d * p.points_hw * L,
-                                            plane_step);
-  });
-  if (p.M[kD] == 1) return;
-  for (int64_t q = 0; q < p.points_hw; ++q)
-    with_outputs(p.M[kD], [&](auto M) {
-      transform_line<WeightTransform, M()>(planes + q * L, p.points_hw * L, U + q * point_hw, u_step);
-    });
-}
-
-// U [group][block of k][h, w point][d point][c][k] from the packed panel [group][block of k][tap][c][k]. An item is
-// a run of channels: threads that write side by side would fetch each other's lines.
-template <class A>
-void transform_weights(const Plan& p, const A* panel, A* U, int threads) {
-  constexpr int64_t share = 32;
-  ChannelBlocks<A> blocks(p.K, p.block_vectors);
-  int64_t shares = ceil_div(p.C, share);
-  parallel_for(threads, p.groups * blocks.count * shares, [&](int64_t item, int) {
-    int64_t c0 = item % shares * share, kb = item / shares % blocks.count, group = item / shares / blocks.count;
-    int64_t width = blocks.padded_width(kb), at = (group * blocks.padded() + kb * blocks.width) * p.C;
-    for (int64_t c = c0; c < min(c0 + share, p.C); ++c)
-      for (int64_t k = 0; k < width; k += kLanes<A>)
-        transform_weight(p, panel + at * p.taps + c * width + k, p.C * width,
-                         U + at * p.points_d * p.points_hw + c * width + k, p.C * width);
-  });
-}
 
 // A region's input in V, and the part of the output that it covers.
 template <class S, class A>
@@ -227,31 +120,6 @@ void by_regions(const Plan& p, const Work<S, A>& work, const A* U, const Bias<A>
     }
     if (deep) depth_output(p, work, width, s.Y, s.M + q * m_step);
   }
-}
-
-// U [w point][d point] of one h point, of one vector of weights.
-template <class A>
-void transform_weight_row(const Plan& p, const A* panel, int64_t tap_step, int64_t h, A* U, int64_t u_step) {
-  constexpr int L = kLanes<A>;
-  alignas(64) A planes[3 * 6 * L];
-  bool deep = p.M[kD] > 1;
-  with_outputs(p.M[kW], [&](auto M) {
-    for (int64_t d = 0; d < p.axis[kD].kernel; ++d, panel += 9 * tap_step) {
-      Vec<A> row[3], column[3], u[points(M())];
-      for (int64_t j = 0; j < 3; ++j) {
-        for (int64_t i = 0; i < 3; ++i) column[i] = load(panel + (i * 3 + j) * tap_step);
-        WeightTransform::apply<M()>(column, u);
-        row[j] = u[h];
-      }
-      WeightTransform::apply<M()>(row, u);
-      for (int64_t w = 0; w < points(M()); ++w) store(deep ? planes + (d * 6 + w) * L : U + w * u_step, u[w]);
-    }
-  });
-  if (!deep) return;
-  for (int64_t w = 0; w < points(p.M[kW]); ++w)
-    with_outputs(p.M[kD], [&](auto M) {
-      transform_line<WeightTransform, M()>(planes + w * L, 6 * L, U + w * p.points_d * u_step, u_step);
-    });
 }
 
 // The same from the packed weights [tap][c][k].
