@@ -41,15 +41,15 @@ class Source:
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
                 raise self.error(f"this is {kind}", "give the path of one file")
             self.file_size = status.st_size
-            self._raw = path.open("rb")
+            self.raw = path.open("rb")
         except (OSError, ValueError) as error:
             if isinstance(error, VolumeError):
                 raise
             reason = getattr(error, "strerror", None) or str(error)
             raise self.error(f"cannot open ({reason})", "check the path and its permissions") from error
-        self._stream: Any = self._raw
+        self._stream: Any = self.raw
         if self.file_size == 0:
-            self._raw.close()
+            self.raw.close()
             raise self.error("the file is empty", "copy it again from where it came")
 
     def __enter__(self) -> Source:
@@ -58,7 +58,10 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._raw.close()
+        self.close()
+
+    def close(self) -> None:
+        self.raw.close()
 
     def error(self, reason: str, remedy: str) -> VolumeError:
         return VolumeError(f"{self.path}: {reason}; {remedy}")
@@ -68,11 +71,11 @@ class Source:
             warn(f"{self.path}: {message}")
 
     def is_gzip(self) -> bool:
-        return self._raw.peek(2)[:2] == b"\x1f\x8b"
+        return self.raw.peek(2)[:2] == b"\x1f\x8b"
 
     def inflate(self) -> None:
         """What follows is compressed, by gzip or zlib."""
-        zipped = gzip.GzipFile(fileobj=self._raw, mode="rb") if self.is_gzip() else _Zlib(self._raw)
+        zipped = gzip.GzipFile(fileobj=self.raw, mode="rb") if self.is_gzip() else _Zlib(self.raw)
         self._stream, self.compressed = zipped, True
 
     def could_hold(self, count: int) -> bool:
@@ -81,7 +84,7 @@ class Source:
 
     def line(self, longest: int) -> bytes:
         """The next line with its end, at most `longest` bytes; b"" at the end of the file."""
-        return self._raw.readline(longest)
+        return self.raw.readline(longest)
 
     def fill(self, buffer: memoryview) -> None:
         """Fills the buffer with the next bytes."""
@@ -108,7 +111,7 @@ class Source:
 
     def skip_to_last(self, count: int) -> None:
         """To the last `count` bytes of a file that is not compressed."""
-        before = self.file_size - count - self._raw.tell()
+        before = self.file_size - count - self.raw.tell()
         if before < 0:
             raise self.error(f"the last {count} bytes overlap the header", "it is cut off: copy it again")
         self.skip(before)
@@ -155,12 +158,12 @@ class _Zlib:
     """A zlib stream; the last byte of it must be the file's last."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
+        self.raw = raw
         self._decoder = zlib.decompressobj()
 
     def readinto(self, buffer: memoryview) -> int:
         while len(buffer) and not self._decoder.eof:
-            data = self._decoder.unconsumed_tail or self._raw.read(1 << 16)
+            data = self._decoder.unconsumed_tail or self.raw.read(1 << 16)
             out = self._decoder.decompress(data, len(buffer))
             buffer[: len(out)] = out
             if out or not data:
@@ -172,7 +175,7 @@ class _Zlib:
         got = self.readinto(memoryview(buffer))
         if not got and not self._decoder.eof:
             raise EOFError("its checksum is missing")
-        return bytes(buffer[:got]) or self._decoder.unused_data or self._raw.read(count)
+        return bytes(buffer[:got]) or self._decoder.unused_data or self.raw.read(count)
 
 
 def write_atomically(path: Path, save: Callable[[IO[bytes]], None], check: Callable[[Path], None]) -> None:

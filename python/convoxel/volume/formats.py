@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from . import metaimage, nifti, nrrd
+from . import dicom, metaimage, nifti, nrrd
 from .core import Volume, VolumeError
-from .files import write_atomically
+from .files import Source, write_atomically
 from .layout import Find, check_written, load
 
 _FIND: dict[str, Find] = {
@@ -20,25 +20,30 @@ _NIFTI = (".nii", ".nii.gz")
 _PAIRS = (".hdr", ".img", ".hdr.gz", ".img.gz")
 
 
-def read(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Volume:
-    """Reads a scan: NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd).
+def read(path: str | os.PathLike[str], *, max_bytes: int | None = None, series: str | None = None) -> Volume:
+    """Reads a scan: NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM.
 
     Two dimensions come as (1, H, W), three as (D, H, W), four as (C, D, H, W). Values come in the file's
-    dtype; where a NIfTI file has a slope and an intercept they are applied, in float32 (float64 if more
-    than 16 bits are stored or float32 cannot hold the range). Affines come in RAS+ mm, whatever the file
-    counts in.
+    dtype; where a file has a slope and an intercept they are applied, in float32 (float64 if more than 16
+    bits are stored or float32 cannot hold the range; DICOM's whole slopes and intercepts: int16 or int32).
+    Affines come in RAS+ mm, whatever the file counts in.
+
+    DICOM is a folder or one file of it; its slices are sorted by where they lie. They have to be of one
+    size, orientation and distance; with a tilted gantry the affine is sheared, and a warning says so.
 
     Args:
-        path: what it ends in says what it is.
+        path: a folder is DICOM; of a file, what its name ends in says what it is.
         max_bytes: most memory to take for the voxels; None: half of the machine's.
+        series: SeriesInstanceUID, where a folder has several DICOM series; the error lists them.
 
     Raises:
-        VolumeError: the file is missing, broken, inconsistent, too large or of a kind not supported.
-        ImportError: nibabel is not installed and the file is NIfTI.
+        VolumeError: the file is missing, broken, inconsistent, too large or of a kind not supported; slices
+            are missing, doubled or unevenly spaced.
+        ImportError: nibabel (NIfTI) or pydicom (DICOM) is not installed; the message names the extra.
 
     Warns:
-        UserWarning: the file places its voxels twice and differently, or not at all; the message says what
-            was taken.
+        UserWarning: the file places its voxels twice and differently, not at all, or sheared; the message
+            says what was taken.
 
     Example:
         >>> volume = read("t1.nii.gz")
@@ -46,12 +51,14 @@ def read(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Volum
         ((176, 256, 240), (1.0, 0.9375, 0.9375))
     """
     path = Path(path)
-    name = path.name.lower()
-    if name.endswith(_NIFTI):
+    if path.name.lower().endswith(_NIFTI) and not path.is_dir():
         return nifti.read(path, max_bytes)
-    if path.suffix.lower() in _FIND:
+    if path.suffix.lower() in _FIND and not path.is_dir():
         return load(path, _FIND[path.suffix.lower()], max_bytes)
-    raise _unknown(path, (*_NIFTI, *_FIND))
+    if dicom.is_dicom(path):
+        return dicom.read(path, max_bytes, series)
+    Source(path).close()  # says so if there is no such file
+    raise _unknown(path, (*_NIFTI, *_FIND), "a DICOM folder or ")
 
 
 def write(volume: Volume, path: str | os.PathLike[str], *, compress: bool | None = None) -> None:
@@ -112,9 +119,9 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _unknown(path: Path, known: tuple[str, ...]) -> VolumeError:
+def _unknown(path: Path, known: tuple[str, ...], other: str = "") -> VolumeError:
     if path.name.lower().endswith(_PAIRS):
         return VolumeError(f"{path}: .hdr/.img pairs are not supported; convert the pair to one .nii.gz")
     return VolumeError(
-        f"{path}: expected a name that ends in {', '.join(known)}; convert other formats first"
+        f"{path}: expected {other}a name that ends in {', '.join(known)}; convert other formats first"
     )

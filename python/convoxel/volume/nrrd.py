@@ -249,7 +249,7 @@ def _voxels(fields: dict[str, str], found: Layout, source: Source) -> Source:
             data.afford(skip + found.bytes, 0, None)
         data.skip(skip) if skip >= 0 else data.skip_to_last(found.bytes)
     except BaseException:
-        data.__exit__(None, None, None)
+        data.close()
         raise
     return data
 

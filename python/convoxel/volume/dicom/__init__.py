@@ -1,0 +1,6 @@
+"""DICOM series (a folder, or one file of it) to a Volume; segmentations back (`seg`)."""
+
+from .read import read
+from .series import is_dicom
+
+__all__ = ["is_dicom", "read"]
