@@ -36,6 +36,7 @@ __all__ = [
     "Report",
     "Sequential",
     "accelerate",
+    "doctor",
     "functional",
     "get_conv_algorithm",
     "get_float32_conv_precision",
@@ -62,11 +63,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import inference, phantom, volume
+    from . import doctor, inference, phantom, volume
 else:
 
     def __getattr__(name: str) -> object:
         """Imports what training does not need on first use."""
-        if name in ("inference", "phantom", "volume"):
+        if name in ("doctor", "inference", "phantom", "volume"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import bench, demo, phantom, runtime
+from . import bench, demo, doctor, phantom, runtime
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
@@ -46,6 +46,7 @@ COMMANDS = (
         bench.run,
     ),
     Command("demo", "train a 3D U-Net on a real MRI and check it", demo.add_arguments, demo.run_command),
+    Command("doctor", "say what is wrong with scans or a dataset", doctor.add_arguments, doctor.run_command),
     Command(
         "phantom", "make a dataset of scans whose truth is known", phantom.add_arguments, phantom.run_command
     ),
