@@ -97,6 +97,7 @@ def write_enhanced(path: Path, array: np.ndarray, lps: np.ndarray) -> Path:
     sizes = np.linalg.norm(lps[:3, :2], axis=0)
     shared, measures, orientation = Dataset(), Dataset(), Dataset()
     measures.PixelSpacing = [f"{v:.9f}" for v in sizes[::-1]]
+    measures.SliceThickness = "2.5"
     orientation.ImageOrientationPatient = [f"{v:.12f}" for v in (lps[:3, :2] / sizes).T.ravel()]
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
     ds.SharedFunctionalGroupsSequence = [shared]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,7 @@ class File:
 
 
 @contextmanager
-def guarded(path: Path) -> Iterator[None]:
+def guarded(path: Path, what: str = "damaged DICOM") -> Iterator[None]:
     """Whatever pydicom or a decoder raises over a file is that file's fault."""
     try:
         with warnings.catch_warnings():
@@ -104,7 +104,7 @@ def guarded(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise VolumeError(f"{path}: damaged DICOM ({reason}); copy or export it again") from error
+        raise VolumeError(f"{path}: {what} ({reason}); copy or export it again") from error
 
 
 def need_pydicom() -> Any:
@@ -148,28 +148,27 @@ class _Bounded:
         self._stream.close()
 
 
-def read_dataset(source: Source, *, pixels: bool) -> Any:
-    """The file's dataset: all of it, or only what `_TAGS` and `APART` name."""
+def read_dataset(source: Source, part: Literal["tags", "header", "all"]) -> Any:
+    """The file's dataset: what `_TAGS` and `APART` name, everything before the pixels, or everything."""
     pydicom = need_pydicom()
     from pydicom.filereader import read_dataset as read_group
     from pydicom.filereader import read_preamble
 
-    stream = _Bounded(source, source.file_size if pixels else _LONGEST)
+    stream = _Bounded(source, source.file_size if part == "all" else _LONGEST)
     read_preamble(stream, False)
     meta = read_group(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     if str(meta.get("TransferSyntaxUID", "")) == _DEFLATED:
         raise source.error("its transfer syntax is deflated", "save it uncompressed (dcmtk: dcmconv +te)")
     stream.seek(0)
-    if pixels:
-        return pydicom.dcmread(stream)
-    return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*_TAGS, *APART])
+    tags = [*_TAGS, *APART] if part == "tags" else None
+    return pydicom.dcmread(stream, stop_before_pixels=part != "all", specific_tags=tags)
 
 
 def read_header(path: Path) -> File:
     with Source(path) as source, guarded(path):
         if not has_mark(path):
             raise source.error("no DICOM file: no mark DICM at byte 128", "rewrite it (dcmtk: dcmconv)")
-        dataset = read_dataset(source, pixels=False)
+        dataset = read_dataset(source, "tags")
         sop_class, uid = dataset.get("SOPClassUID"), str(dataset.get("SeriesInstanceUID", "") or "")
         kind = _NO_SCANS.get(str(sop_class), "an image")
         if dataset.get("Rows") is None or dataset.get("Columns") is None:

@@ -82,7 +82,7 @@ def _frames(source: Source, pixels: Pixels, file: File) -> Any:
     """The stored values of each frame, (rows, columns)."""
     from pydicom.pixels import pixel_array
 
-    dataset = read_dataset(source, pixels=True)
+    dataset = read_dataset(source, "all")
     if "PixelData" not in dataset:
         raise source.error("it has no PixelData", "it is cut off, or no image: copy or export it again")
     if getattr(file.syntax, "is_compressed", False):
