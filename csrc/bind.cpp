@@ -357,6 +357,46 @@ void bind_pool(py::module_& m) {
   bind("avg_pool_input_grad", [](const Kernels& k, int t) { return k.avg_pool[t].input_grad; });
 }
 
+// rows, between, low, high, t, values: addresses of arrays, as ScoreOutput and its neighbours have them.
+void bind_scores(py::module_& m) {
+  typedef std::array<int64_t, kAxes> Axes;
+  auto floats = [](Pointer p) { return reinterpret_cast<float*>(p); };
+  auto rows_at = [](Pointer p) { return reinterpret_cast<float* const*>(p); };
+  m.def(
+      "score_add",
+      [=](int64_t W, int64_t K, Axes extent, Axes stride, int64_t first, Pointer y, Pointer weights, Pointer rows,
+          int threads) {
+        ScoreAdd c{W, K, {}, {}, first, floats(y), floats(weights), rows_at(rows), threads};
+        for (int a = 0; a < kAxes; ++a) c.extent[a] = extent[a], c.stride[a] = stride[a];
+        active_isa().scores->add(c);
+      },
+      py::arg("W"), py::arg("K"), py::arg("extent"), py::arg("stride"), py::arg("first"), py::arg("y"),
+      py::arg("weights"), py::arg("rows"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "score_divide",
+      [=](int64_t W, int64_t K, int64_t count, Pointer rows, int threads) {
+        return active_isa().scores->divide({W, K, count, rows_at(rows), threads});
+      },
+      py::arg("W"), py::arg("K"), py::arg("count"), py::arg("rows"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "score_output",
+      [=](int64_t W, int64_t K, int64_t count, int64_t width, Pointer rows, Pointer between, Pointer low, Pointer high,
+          Pointer t, Pointer values, int kind, bool wide, Pointer y, Pointer scratch, int threads) {
+        auto sizes = [](Pointer p) { return reinterpret_cast<const int64_t*>(p); };
+        active_isa().scores->output({W, K, count, width, rows_at(rows), floats(between), sizes(low), sizes(high),
+                                     floats(t), reinterpret_cast<const int32_t*>(values), kind, wide,
+                                     reinterpret_cast<void*>(y), floats(scratch), threads});
+      },
+      py::arg("W"), py::arg("K"), py::arg("count"), py::arg("width"), py::arg("rows"), py::arg("between"),
+      py::arg("low"), py::arg("high"), py::arg("t"), py::arg("values"), py::arg("kind"), py::arg("wide"), py::arg("y"),
+      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "score_output_scratch",
+      [](int64_t W, int64_t K, int threads) { return active_isa().scores->output_scratch(W, K, threads); },
+      py::arg("W"), py::arg("K"), py::arg("threads"));
+}
+
 // A tensor as a DLPack capsule; one that nobody consumed gives its block back itself.
 py::capsule new_capsule(int code, int bits, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
   DLManagedTensor* tensor;
@@ -419,6 +459,7 @@ PYBIND11_MODULE(_C, m) {
   bind_resample(m);
   bind_pool(m);
   bind_cat(m);
+  bind_scores(m);
   bind_memory(m);
 }
 

@@ -192,6 +192,48 @@ struct AvgPool {
   PoolFunction input_grad;  // y -> x
 };
 
+// Score rows, of a scan's logits as windows of it give them (cpu/scores.cpp): [W][K], then the weights' sums [W].
+// rows[d, h] += weights[d, h, w] * y, from the row's voxel `first` on. Strides of y in elements, of any sign; its K
+// channels are adjacent.
+struct ScoreAdd {
+  int64_t W, K, extent[kAxes], stride[kAxes], first;
+  const float *y, *weights;
+  float* const* rows;
+  int threads;
+};
+
+struct ScoreDivide {
+  int64_t W, K, count;
+  float* const* rows;
+  int threads;
+};
+
+enum ScoreKind : int { kLargest = 0, kLastPositive = 1, kScores = 2 };  // inference/rows.py numbers them too
+
+// `count` rows of the output, each `width` voxels between those of four score rows [low, high of the first axis][of the
+// second], all divided: y [count, width] holds values[channel] (of one past it for kLastPositive, where values[0]
+// stands for none), uint8 or, `wide`, uint16; or for kScores y [count, width, K], float.
+struct ScoreOutput {
+  int64_t W, K, count, width;
+  const float* const* rows;  // [count][2][2]
+  const float* between;      // [count][first axis, second axis]: 0 at low, 1 at high
+  const int64_t *low, *high;
+  const float* t;  // [width] each
+  const int32_t* values;
+  int kind;
+  bool wide;
+  void* y;
+  float* scratch;
+  int threads;
+};
+
+struct Scores {
+  void (*add)(const ScoreAdd&);
+  bool (*divide)(const ScoreDivide&);  // by the weights' sums; whether no score is NaN
+  void (*output)(const ScoreOutput&);
+  int64_t (*output_scratch)(int64_t W, int64_t K, int threads);  // bytes
+};
+
 struct Kernels {
   const char* isa;
   const ConvCorrelate* conv_direct;  // [kDTypes], as all that follow
@@ -213,6 +255,7 @@ struct Kernels {
   const MaxPool* max_pool;
   const AvgPool* avg_pool;
   CatFunction concatenate;  // of bytes: any dtype
+  const Scores* scores;
   // Does `rounds` rounds of independent fused multiply-adds on each thread; returns the flops done.
   double (*fma_peak)(int64_t rounds, int threads);
 };

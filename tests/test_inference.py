@@ -441,14 +441,14 @@ def test_max_ram_too_small_says_what_would_do():
 
     with pytest.raises(ValueError, match="max_ram=([0-9]+) would do"):
         predict_labels(model, blank(), patch_size=2, max_ram=1000)
-    assert len(calls) == 4  # the batches that were measured, of 27
+    assert len(calls) == 3  # the batches that were measured, of 27
     assert predict_labels(model, blank(), patch_size=2, max_ram=1 << 40).shape == (4, 4, 4)
 
 
 MEASURE = """
 import re, numpy as np, torch
 from convoxel.inference import predict_labels
-from convoxel.inference.labels import _peak_memory, _restart_peak
+from convoxel.inference.machine import peak_memory, restart_peak
 from convoxel.volume import Volume
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Conv3d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(16, 8, 1))
@@ -458,9 +458,9 @@ try:
     predict_labels(model, volume, max_ram=1, **settings)
 except ValueError as error:
     need = int(re.search("max_ram=([0-9]+) would", str(error))[1])
-_restart_peak()
+restart_peak()
 predict_labels(model, volume, **settings)
-print(need, _peak_memory())
+print(need, peak_memory())
 """
 
 

@@ -50,6 +50,7 @@ extern const Kernels kernels = {isa,
                                 max_pool,
                                 avg_pool,
                                 concatenate,
+                                &scores,
                                 fma_peak};
 }
 

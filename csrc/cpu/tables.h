@@ -23,5 +23,6 @@ extern const Resample resample[kDTypes];
 extern const MaxPool max_pool[kDTypes];
 extern const AvgPool avg_pool[kDTypes];
 extern const CatFunction concatenate;
+extern const Scores scores;
 }  // namespace CONVOXEL_ISA
 }  // namespace convoxel

@@ -183,6 +183,36 @@ def avg_pool_input_grad(
 def cat(
     parts: Sequence[int], bytes: Sequence[int], rows: int, whole: int, split: bool, threads: int
 ) -> None: ...
+def score_add(
+    W: int,
+    K: int,
+    extent: Sequence[int],
+    stride: Sequence[int],
+    first: int,
+    y: int,
+    weights: int,
+    rows: int,
+    threads: int,
+) -> None: ...
+def score_divide(W: int, K: int, count: int, rows: int, threads: int) -> bool: ...
+def score_output(
+    W: int,
+    K: int,
+    count: int,
+    width: int,
+    rows: int,
+    between: int,
+    low: int,
+    high: int,
+    t: int,
+    values: int,
+    kind: int,
+    wide: bool,
+    y: int,
+    scratch: int,
+    threads: int,
+) -> None: ...
+def score_output_scratch(W: int, K: int, threads: int) -> int: ...
 def new_tensor(code: int, bits: int, shape: Sequence[int], strides: Sequence[int]) -> object: ...
 def release_memory() -> int: ...
 def set_memory_limit(bytes: int) -> None: ...

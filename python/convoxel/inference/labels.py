@@ -2,69 +2,89 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..volume import Volume, write
 from ..volume.formats import check_target
-from .sliding import sliding_window_inference
-from .windows import per_axis, starts, window_size
+from .axis import Axis
+from .grid import predict_on_grid
+from .maps import Maps, remove_small
+from .network import Model
+from .windows import pad, window_size
 
-_PROBES = 4  # batches run to measure the model: the first ones find the allocator's heap tidier
-_MARGIN = 16 << 20  # bytes, over what is measured: stacks, the interpreter
+_SLAB = 1 << 22  # voxels that are converted or resampled at a time
 
 
 def predict_labels(
-    model: Callable[[Tensor], Tensor],
+    model: Model | Sequence[Model],
     volume: Volume,
     *,
     patch_size: Sequence[int | None] | int | None,
     overlap: Sequence[float] | float = 0.5,
     batch_size: int = 1,
-    max_ram: int | None = None,
+    spacing: Sequence[float] | None = None,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+    mirror_axes: Sequence[int] = (),
+    regions: Sequence[int] | None = None,
+    least_component: int = 0,
+    max_ram: int | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
+    probabilities: str | os.PathLike[str] | None = None,
+    entropy: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Volume:
-    """Labels of every voxel: Gaussian-blended float32 logits on the volume's own grid, then argmax.
+    """Labels of every voxel: Gaussian-blended float32 logits, resampled to the volume's own grid, then argmax.
 
-    The model sees the values as they are: normalise and resample the volume as in training before. A
-    module runs in eval mode, without gradients, on the device of its parameters, and is left in the
-    modes that it had. A volume smaller than the patch is padded with 0 for the model.
+    Logits of the whole scan are never held: finished voxels are settled and forgotten while windows go on, with the
+    same labels (only voxels whose two best classes differ by rounding may differ). The model sees the values as they
+    are, or as `normalize` makes them. A module runs in eval mode, without gradients, on the device of its parameters,
+    and is left in the modes that it had. A volume smaller than the patch is padded with 0 for the model.
 
     Args:
-        model: (B, C, d, h, w) float32 -> (B, K, d, h, w) logits, K >= 2 classes.
+        model: (B, C, d, h, w) float32 -> (B, K, d, h, w) logits, K >= 2 classes; or several, whose logits are
+            averaged. With a patch of two numbers a 2-D network, (B, C, h, w) -> (B, K, h, w), run slice by slice.
         volume: (D, H, W), seen as one channel, or (C, D, H, W).
-        patch_size: (z, y, x) in voxels, or one number for all; None, 0 or negative: the whole axis.
+        patch_size: (z, y, x) in voxels of the network's grid, (y, x) for a 2-D network, or one number for all; None,
+            0 or negative: the whole axis.
         overlap: of neighbouring patches, in [0, 1), per axis or for all.
         batch_size: patches per call of the model.
-        max_ram: most bytes of memory that this process may hold while it works. The need is worked out
-            beforehand, from the sizes of the arrays and a few batches that are run to measure the model;
-            if it is larger, nothing else is run.
+        spacing: (z, y, x) in mm that the network was trained on; the scan is resampled to it linearly, its logits
+            back (voxel centres, edges clamped: torch's align_corners=False). None: the volume's.
+        normalize: (C, d, h, w) float32 -> the same, on the network's grid, before anything is padded.
+        mirror_axes: of 0, 1, 2 (z, y, x): logits are averaged over all mirror images along these.
+        regions: one label per channel, for regions that overlap (each channel a sigmoid): a voxel gets the label of
+            the last channel whose logit is positive, else 0. None: the channels are classes.
+        least_component: connected parts of a label with fewer voxels become 0 (needs scipy).
+        max_ram: most bytes of memory that this process may hold while it works, a number or "4GB". The need is
+            worked out beforehand, from the schedule of the windows and a few batches that are run to measure the
+            model; if it is larger, nothing else is run.
+        scratch: a folder for what `max_ram` has no room for; None: none.
         out: a .nii or .nii.gz file to write the labels to.
-        progress: show a bar (needs tqdm).
+        probabilities, entropy: .nii or .nii.gz files to write them to: softmax (of regions: sigmoids), (K, D, H, W)
+            float32; -sum p ln p in nats, (D, H, W) float32. Probabilities wait on the disk, beside their file.
+        progress: print the forecast of time and memory, show a bar with the time left (needs tqdm), print the peak.
 
     Returns:
-        Volume (D, H, W) on the same grid: uint8 up to 256 classes, else uint16.
+        Volume (D, H, W) on the same grid: uint8, or uint16 where a label is above 255.
 
     Raises:
         ValueError: NaN or infinite voxels, NaN logits, a model that does not fit, or `max_ram` too
             small; the message then gives a ceiling that would do.
         TypeError: `volume` is not a Volume, or the model does not return a tensor.
-        VolumeError: `out` cannot be written; its folder is looked at before the work begins.
+        VolumeError: `out` or a map cannot be written; folders are looked at before the work begins.
 
     Example:
         >>> scan = convoxel.volume.read("t1.nii.gz")
-        >>> labels = predict_labels(model, scan, patch_size=(64, 96, 96), out="t1_labels.nii.gz")
+        >>> labels = predict_labels(model, scan, patch_size=(64, 96, 96), spacing=(1, 1, 1), max_ram="4GB",
+        ...                         out="t1_labels.nii.gz")
     """
     if not isinstance(volume, Volume):
         raise TypeError(
@@ -73,34 +93,77 @@ def predict_labels(
         )
     if out is not None:
         check_target(out)
-    image = _as_batch(volume)
-    roi = window_size(patch_size, image)
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    device = torch.device("cpu") if parameter is None else parameter.device
-
-    def logits(windows: Tensor) -> Tensor:
-        return _checked_logits(model(windows), windows)
-
-    def infer(x: Tensor, bar: bool = False) -> Tensor:
-        return sliding_window_inference(
-            x, roi, batch_size, logits, overlap, "gaussian", sw_device=device, device="cpu", progress=bar
+    image = _on_grid(volume, volume.grid_shape if spacing is None else _grid(volume, spacing))
+    if normalize is not None:
+        image = normalize(image)
+    inner = tuple(image.shape[1:])
+    flat = isinstance(patch_size, Sequence) and len(patch_size) == 2
+    wanted = [1, *patch_size] if flat and isinstance(patch_size, Sequence) else patch_size
+    roi = window_size(wanted, image[None])
+    padded, before = pad(image[None], roi, "constant", 0.0)
+    axes = [Axis.linear(n, m).shifted(b) for n, m, b in zip(inner, volume.grid_shape, before, strict=True)]
+    with Maps(volume, regions is not None, probabilities, entropy) as maps:
+        array = predict_on_grid(
+            model,
+            padded[0],
+            patch_size=roi[1:] if flat else roi,
+            overlap=overlap,
+            axes=axes,
+            batch_size=batch_size,
+            mirror_axes=mirror_axes,
+            regions=regions,
+            max_ram=max_ram,
+            scratch=scratch,
+            scores=maps.add if maps else None,
+            held=maps.held,
+            progress=progress,
         )
-
-    with _evaluating(model), torch.no_grad():
-        if max_ram is not None:
-            grid = map(starts, image.shape[2:], roi, per_axis("overlap", overlap, 3))
-            _require_memory(max_ram, infer, image, roi, min(batch_size, math.prod(map(len, grid))))
-        labels = volume.like(_argmax(infer(image, progress)))
+        if least_component > 1:
+            remove_small(array, least_component)
+        maps.write()
+    labels = volume.like(array)
     if out is not None:
         write(labels, out)
     return labels
 
 
-def _as_batch(volume: Volume) -> Tensor:
-    """(1, C, D, H, W), float32; the volume's own memory where it can be."""
-    array = np.asarray(volume.array, np.float32)
-    if not array.flags.writeable or any(step < 0 for step in array.strides):
-        array = array.copy()  # torch knows neither read-only nor reversed memory
+def _grid(volume: Volume, spacing: Sequence[float]) -> tuple[int, ...]:
+    """(d, h, w): as many voxels of `spacing` as fill the field of view."""
+    if len(spacing) != 3 or not all(0 < s < float("inf") for s in spacing):
+        raise ValueError(
+            f"predict_labels: spacing must be three positive numbers (z, y, x) in mm, received {spacing}"
+        )
+    sizes = zip(volume.grid_shape, volume.spacing, spacing, strict=True)
+    return tuple(max(1, round(n * old / new)) for n, old, new in sizes)
+
+
+def _on_grid(volume: Volume, shape: Sequence[int]) -> Tensor:
+    """(C, d, h, w) float32 over the volume's field of view; its own memory where it can be.
+
+    Linear between voxel centres. By slabs: a scan of short integers is never held in float32 at its own size.
+    """
+    array = volume.array if volume.is_multichannel else volume.array[None]
+    _check_finite(array)
+    if tuple(shape) == array.shape[1:]:
+        values = np.asarray(array, np.float32)
+        if not values.flags.writeable or any(step < 0 for step in values.strides):
+            values = values.copy()  # torch knows neither read-only nor reversed memory
+        return torch.from_numpy(values)
+    image = torch.empty(len(array), *shape)
+    axis = Axis.linear(array.shape[1], shape[0])
+    rows = max(1, _SLAB // (array.shape[2] * array.shape[3]))
+    for c in range(len(array)):
+        for z in range(0, shape[0], rows):
+            low, high, t = axis.low[z : z + rows], axis.high[z : z + rows], axis.t[z : z + rows, None, None]
+            slab = array[c, low] * (1 - t) + array[c, high] * t
+            plane = torch.from_numpy(slab.astype(np.float32, copy=False))[:, None]
+            image[c, z : z + rows] = F.interpolate(plane, tuple(shape[1:]), mode="bilinear")[:, 0]
+    return image
+
+
+def _check_finite(array: NDArray[np.generic]) -> None:
+    if array.dtype.kind != "f":
+        return
     planes = (array[index] for index in np.ndindex(array.shape[:-2]))
     bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes)
     if bad:
@@ -108,114 +171,3 @@ def _as_batch(volume: Volume) -> Tensor:
             f"predict_labels: {bad} of {array.size} voxels are NaN or infinite, and would spoil every window "
             "that holds one; replace them (np.nan_to_num) or crop them away"
         )
-    image = torch.from_numpy(array)
-    return image[None] if volume.is_multichannel else image[None, None]
-
-
-def _checked_logits(y: Any, x: Tensor) -> Tensor:
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"predict_labels: the model returned {type(y).__name__}, expected one tensor of logits; with "
-            "deep supervision wrap it: lambda x: model(x)[0]"
-        )
-    if y.ndim != x.ndim or y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f"predict_labels: for patches (B, C, d, h, w) = {tuple(x.shape)} the model returned "
-            f"{tuple(y.shape)}, expected (B, K, d, h, w) of the same B, d, h, w"
-        )
-    if y.shape[1] < 2:
-        raise ValueError(
-            "predict_labels: the model returns one channel, and the largest of one is always background; "
-            "return two, for a logit z: torch.cat([torch.zeros_like(z), z], 1)"
-        )
-    return y.float()
-
-
-def _argmax(logits: Tensor) -> NDArray[Any]:
-    """(1, K, D, H, W) -> (D, H, W), by slabs: torch's indices take eight bytes per voxel, its maxima four (argmax
-    alone takes 25 times as long)."""
-    _, classes, depth, height, width = logits.shape
-    labels = np.empty((depth, height, width), _label_dtype(classes))
-    rows = _slab_rows(height, width)
-    for z in range(0, depth, rows):
-        slab = logits[0, :, z : z + rows]
-        if bool(slab.isnan().any()):
-            raise ValueError("predict_labels: the model's logits are NaN; check its weights and the input")
-        labels[z : z + rows] = slab.max(0).indices.numpy()
-    return labels
-
-
-def _slab_rows(height: int, width: int) -> int:
-    return max(1, (1 << 20) // (height * width))
-
-
-def _label_dtype(classes: int) -> np.dtype[Any]:
-    if classes > 1 << 16:
-        raise ValueError(f"predict_labels: {classes} classes do not fit uint16")
-    return np.dtype(np.uint8 if classes <= 1 << 8 else np.uint16)
-
-
-@contextmanager
-def _evaluating(model: object) -> Iterator[None]:
-    """Eval mode for every module inside, and afterwards the mode that each had."""
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _require_memory(
-    max_ram: int, infer: Callable[[Tensor], Tensor], image: Tensor, roi: tuple[int, ...], batch: int
-) -> None:
-    """Raises if the inference could hold more than `max_ram` bytes.
-
-    need = (the peak while batches of patches run) + (every array as large as the volume) + (half of what
-    one batch takes, for holes in the heap).
-    """
-    d, h, w = roi
-    classes, before, peak = 0, _restart_peak(), 0
-    for _ in range(_PROBES):
-        classes = infer(image[..., :d, :h, :w].expand(batch, -1, -1, -1, -1)).shape[1]
-        peak = _peak_memory()
-    spare = max(_MARGIN, (peak - before) // 2)
-    grid = [max(n, r) for n, r in zip(image.shape[2:], roi, strict=True)]
-    padded = 0 if grid == list(image.shape[2:]) else 4 * image.shape[1]  # bytes per voxel of the copy
-    per_voxel = 4 * classes + 4 + _label_dtype(classes).itemsize + padded  # logits, weights, labels
-    slab = _slab_rows(grid[1], grid[2]) * grid[1] * grid[2] * (classes + 12)  # isnan, max's values and int64
-    dense = math.prod(grid) * per_voxel + slab
-    need = peak + dense + spare
-    if need > max_ram:
-        raise ValueError(
-            f"predict_labels: max_ram is {max_ram} bytes, {need} are needed: {dense} for whole-volume arrays "
-            f"of {classes} classes, {peak} for the program, the volume and one batch, {spare} to be safe; "
-            f"max_ram={need} would do, or a smaller batch_size or patch_size"
-        )
-
-
-def _restart_peak() -> int:
-    """Lets Linux count this process's peak memory from now on (elsewhere it counts from the start).
-
-    Returns the bytes resident now, or that peak.
-    """
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_memory()
-
-
-def _peak_memory() -> int:
-    """Bytes resident at this process's peak."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    try:
-        import resource
-    except ImportError as error:
-        raise ValueError("predict_labels: this system does not tell memory use; leave max_ram out") from error
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from . import dicom, metaimage, nifti, nrrd
 from .core import Volume, VolumeError
@@ -95,11 +95,20 @@ def write(volume: Volume, path: str | os.PathLike[str], *, compress: bool | None
     elif compress not in (None, zipped):
         raise ValueError(f"write: {path.name} says by its name whether it is compressed; rename it")
     else:
-        write_atomically(
-            path,
-            lambda stream: nifti.save(volume, stream, zipped, path),
-            lambda aside: check_written(volume, nifti.find, aside, path),
-        )
+        write_planes(volume, volume.array, path)
+
+
+def write_planes(volume: Volume, array: Any, path: str | os.PathLike[str]) -> None:
+    """`write` of another array, (D, H, W) or (C, D, H, W), on the volume's grid, as NIfTI: all that is asked
+    of it are shape, ndim, dtype and planes, array[z] or array[c, z], so that it need not fit into memory."""
+    path = _writable(path)
+    if not path.name.lower().endswith(_NIFTI):
+        raise VolumeError(f"{path}: expected a name that ends in {' or '.join(_NIFTI)}")
+    write_atomically(
+        path,
+        lambda stream: nifti.save(volume, array, stream, path.name.lower().endswith(".gz"), path),
+        lambda aside: check_written(volume, nifti.find, aside, path, array.shape),
+    )
 
 
 def check_target(path: str | os.PathLike[str]) -> None:

@@ -66,8 +66,13 @@ def load(path: Path, find: Find, max_bytes: int | None) -> Volume:
             return found.load(data)
 
 
-def check_written(volume: Volume, find: Find, aside: Path, path: Path) -> None:
-    """Before a file gets its name: the grid that its header gives has to be the volume's."""
+def check_written(
+    volume: Volume, find: Find, aside: Path, path: Path, shape: tuple[int, ...] | None = None
+) -> None:
+    """Before a file gets its name: the grid that its header gives has to be the volume's.
+
+    `shape`: with the channels, where these are others than the volume's."""
+    shape = volume.shape if shape is None else shape
     try:
         with Source(aside, quiet=True) as source:
             found, _ = find(source)
@@ -75,11 +80,11 @@ def check_written(volume: Volume, find: Find, aside: Path, path: Path) -> None:
         raise VolumeError(str(error).replace(str(aside), f"{path}: not written", 1)) from error
     apart = np.linalg.norm((found.affine - volume.affine) @ corners(volume.grid_shape), axis=0).max()
     channels = found.array_shape[:-3] or (1,)  # one channel may be written as none
-    same = found.array_shape[-3:] == volume.grid_shape and channels == (volume.shape[:-3] or (1,))
+    same = found.array_shape[-3:] == volume.grid_shape and channels == (shape[:-3] or (1,))
     if not same or not apart <= _SAME_PLACE * min(volume.spacing):
         raise VolumeError(
             f"{path}: not written: read back, it holds {found.array_shape} voxels up to {apart:.3g} mm from "
-            f"where they lie, the volume is {volume.shape}; the format cannot hold this affine: write .nrrd"
+            f"where they lie, the volume is {shape}; the format cannot hold this affine: write .nrrd"
         )
 
 

@@ -64,11 +64,11 @@ def _layout(header: Any, source: Source) -> tuple[Layout, int]:
     return Layout(shape, dtype, affine, spacing, kept=kept), _data_offset(header, source)
 
 
-def save(volume: Volume, stream: IO[bytes], compress: bool, path: Path) -> None:
-    """A volume that was read, or made from one by `like`, gets that file's geometry fields bit for bit;
+def save(volume: Volume, array: Any, stream: IO[bytes], compress: bool, path: Path) -> None:
+    """`array` on the grid of `volume`; all that is asked of it are shape, ndim, dtype and planes. A volume that was read, or made from one by `like`, gets that file's geometry fields bit for bit;
     any other affine goes into sform and qform, in float32. Axes beyond 32767 voxels make it NIfTI-2."""
     nibabel = need_nibabel()
-    array = _storable(volume.array, path)
+    array = _storable(array, path)
     kept = volume._file_placement()
     large = max(array.shape) > np.iinfo(np.int16).max or (kept is not None and kept.get("nifti") == 2)
     header = nibabel.Nifti2Header() if large else nibabel.Nifti1Header()
