@@ -65,8 +65,9 @@ def _layout(header: Any, source: Source) -> tuple[Layout, int]:
 
 
 def save(volume: Volume, array: Any, stream: IO[bytes], compress: bool, path: Path) -> None:
-    """`array` on the grid of `volume`; all that is asked of it are shape, ndim, dtype and planes. A volume that was read, or made from one by `like`, gets that file's geometry fields bit for bit;
-    any other affine goes into sform and qform, in float32. Axes beyond 32767 voxels make it NIfTI-2."""
+    """`array` on the grid of `volume`; all that is asked of it are shape, ndim, dtype and planes. A volume that was
+    read, or made from one by `like`, gets that file's geometry fields bit for bit; any other affine goes into sform
+    and qform, in float32. Axes beyond 32767 voxels make it NIfTI-2."""
     nibabel = need_nibabel()
     array = _storable(array, path)
     kept = volume._file_placement()
