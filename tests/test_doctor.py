@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dicoms
 from convoxel import cli, doctor
 from convoxel.doctor.labels import find_runs, pieces
 from convoxel.phantom import make_dataset
@@ -187,7 +188,7 @@ FAULTS = [
     (CT, "damaged", raw(IMAGE, lambda data: data[:12] + b"\xff" * 40 + data[52:])),
     (CT, "trailing-data", content(LABEL, lambda data: data + bytes(64))),
     (CT, "not-gzip", raw(IMAGE, gzip.decompress)),
-    (CT, "not-nifti", raw(IMAGE, lambda data: gzip.compress(b"<html>404 Not Found</html>" * 99))),
+    (CT, "wrong-content", raw(IMAGE, lambda data: gzip.compress(b"<html>404 Not Found</html>" * 99))),
     (CT, "unsupported-type", header(IMAGE, datatype=128, bitpix=24)),
     (CT, "five-dimensional", header(IMAGE, dim=[5, 4, 4, 4, 2, 2, 1, 1])),
     (CT, "bad-voxel-size", header(IMAGE, pixdim=(2, 0.0))),
@@ -343,7 +344,8 @@ def test_a_planted_fault_is_found_by_its_name_and_nothing_else_is(fault, sound, 
 
 def test_the_table_has_the_faults_of_the_catalogue():
     here = {"too-large", "disk-space", "large-scores", "several-volumes", "hidden-gzip", "header-pair",
-            "unsupported-format", "reader-warning", "folder-name"}  # fmt: skip
+            "unsupported-format", "reader-warning", "folder-name", "no-origin",
+            *(name for name, _ in SERIES)}  # fmt: skip
     planted = {name for _, name, *_ in FAULTS}
     assert len(planted) >= 80
     assert planted | here == set(doctor.CATALOGUE) and not planted & here
@@ -377,6 +379,77 @@ def test_scans_without_a_dataset(name, plant, sound, tmp_path):
     found = doctor.examine(folder / "imagesTr")
     assert [f.name for f in found] == [name]
     assert doctor.examine(folder / OTHER) == []
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_other_formats(ending, sound, tmp_path):
+    folder = tmp_path / "Dataset001_Phantom"
+    shutil.copytree(sound[CT], folder)
+    for path in sorted(folder.rglob("*.nii.gz")):
+        write(read(path), path.with_name(path.name.replace(".nii.gz", ending)))
+        path.unlink()
+    described(lambda d: d.update(file_ending=ending))(folder)
+    assert doctor.examine(folder) == []
+    victim, label = (folder / name.replace(".nii.gz", ending) for name in (IMAGE, LABEL))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    label.write_bytes(b"%PDF-1.4\n" * 50)
+    assert {(f.path, f.name) for f in doctor.examine(folder)} == {
+        (str(victim), "truncated"),
+        (str(label), "wrong-content"),
+    }
+
+
+def test_nrrd_without_a_place(tmp_path):
+    scan = tmp_path / "scan.nrrd"
+    fields = ["NRRD0004", "type: uint8", "dimension: 3", "sizes: 9 9 9", "encoding: raw",
+              "space: left-posterior-superior",
+              "space directions: (1,0,0) (0,1,0) (0,0,1)", "", ""]  # fmt: skip
+    scan.write_bytes("\n".join(fields).encode() + bytes(range(243)) * 3)
+    assert [f.name for f in doctor.examine(scan)] == ["no-origin"]
+
+
+# name, what goes wrong with the series' files; a series of 12 slices lies in the folder
+SERIES = [
+    ("slices-missing", lambda paths: paths[4].unlink()),
+    ("slices-uneven", lambda paths: edit_slices(paths, lambda z, ds: place(ds, z * (1 + z / 50)))),
+    ("slices-doubled", lambda paths: edit_slices(paths, lambda z, ds: place(ds, z // 2))),
+    (
+        "slices-mixed",
+        lambda paths: edit_slices(paths[3:4], lambda z, ds: setattr(ds, "PixelSpacing", [3, 3])),
+    ),
+    ("slice-damaged", lambda paths: paths[2].write_bytes(paths[2].read_bytes()[:200])),
+    (
+        "several-series",
+        lambda paths: edit_slices(paths[6:], lambda z, ds: setattr(ds, "SeriesInstanceUID", "1.2.3")),
+    ),
+    ("gantry-tilt", lambda paths: edit_slices(paths, lambda z, ds: place(ds, z, y=0.4 * z))),
+]
+
+
+def edit_slices(paths, change):
+    import pydicom
+
+    for z, path in enumerate(paths):
+        ds = pydicom.dcmread(path)
+        change(z, ds)
+        ds.save_as(path)
+
+
+def place(ds, z, y=0.0):
+    ds.ImagePositionPatient = [0, y, z * 2.5]
+
+
+@pytest.mark.parametrize("name, plant", SERIES, ids=[name for name, _ in SERIES])
+def test_dicom_series(name, plant, tmp_path):
+    pytest.importorskip("pydicom")
+    array = np.random.default_rng(0).integers(0, 2000, (12, 10, 11)).astype(np.int16)
+    folder = tmp_path / "patient" / "scan"
+    folder.mkdir(parents=True)
+    paths = dicoms.write_series(folder, array, np.diag([1.0, 1, 2.5, 1]))
+    assert doctor.examine(tmp_path) == []
+    plant(paths)
+    (found,) = doctor.examine(tmp_path)
+    assert (found.name, found.path) == (name, str(folder))
 
 
 def test_what_is_no_scan_at_all(tmp_path):
@@ -445,6 +518,33 @@ def test_pieces_are_those_of_a_flood(seed):
                     size += 1
         expected.append(size)
     assert sorted(pieces(find_runs(labels), shape).tolist()) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(test=7),
+        lambda d: d.update(test=["a\0b", "x" * 3000, None]),
+        lambda d: d.update(training=[None]),
+        lambda d: d.update(labels={"0": None}),
+        lambda d: d.update(labels={"0": 1e300, "1": [[]]}),
+        lambda d: d.update(modality={}),
+        lambda d: d.update(file_ending=3, training=None),
+        lambda d: d.update(training={}, dataset={"a": 1, "b": {"images": [1], "label": None}}),
+    ],
+)
+def test_any_dataset_json_is_examined_to_the_end(change, sound, tmp_path):
+    folder = tmp_path / "Dataset001_Phantom"
+    shutil.copytree(sound[MSD], folder)
+    described(change)(folder)
+    assert {f.name for f in doctor.examine(folder)} & {"json-incomplete", "listed-file-missing"}
+
+
+def test_label_values_beyond_integers(sound, tmp_path):
+    folder = tmp_path / "Dataset001_Phantom"
+    shutil.copytree(sound[CT], folder)
+    voxels(LABEL, lambda a: put(a, [1e30]))(folder)
+    assert [f.name for f in doctor.examine(folder)] == ["label-many-values"]
 
 
 def test_command(sound, tmp_path, capsys):

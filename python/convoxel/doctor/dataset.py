@@ -16,7 +16,7 @@ from typing import Any
 
 from .catalogue import Finding, finding
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -122,8 +122,14 @@ def _describe(dataset: Dataset, content: dict[str, Any]) -> Iterator[Finding]:
         yield from _labels(dataset, content["labels"], content, path)
     elif "labels" in content:
         yield finding("json-incomplete", path, "labels is not an object of names and numbers")
-    if isinstance(content.get("file_ending"), str) and dataset.format == "nnunet":
-        dataset.ending = content["file_ending"]
+    if dataset.format == "nnunet" and "file_ending" in content:
+        ending = content["file_ending"]
+        if isinstance(ending, str) and ending:
+            dataset.ending = ending
+        else:
+            yield finding(
+                "json-incomplete", path, f"file_ending is {_short(ending)}, expected a text such as .nii.gz"
+            )
 
 
 def _channels(dataset: Dataset, names: Any, key: str, path: Path) -> Iterator[Finding]:
@@ -235,7 +241,11 @@ def _listed(dataset: Dataset, content: dict[str, Any]) -> Iterator[Finding]:
     """Cases from the Decathlon's lists "training" and "test"."""
     json_path = dataset.folder / "dataset.json"
     entries = [(entry, True) for entry in content.get("training", [])]
-    entries += [(entry, False) for entry in content.get("test", []) if isinstance(content.get("test"), list)]
+    tests = content.get("test", [])
+    if isinstance(tests, list):
+        entries += [(entry, False) for entry in tests]
+    else:
+        yield finding("json-incomplete", json_path, f"test is not a list: {_short(tests)}")
     named: set[Path] = set()
     for entry, training in entries:
         pair = entry if isinstance(entry, dict) else {"image": entry}
@@ -250,10 +260,11 @@ def _listed(dataset: Dataset, content: dict[str, Any]) -> Iterator[Finding]:
             if text is None:
                 continue
             path = dataset.folder / text
-            named.add(path.resolve())
-            if not path.is_file():
+            if not _is_file(path):
                 yield finding("listed-file-missing", path, f"dataset.json lists it as {kind} of {case.name}")
-            elif kind == "image":
+                continue
+            named.add(path.resolve())
+            if kind == "image":
                 case.images[0] = path
             else:
                 case.label = path
@@ -267,6 +278,13 @@ def _listed(dataset: Dataset, content: dict[str, Any]) -> Iterator[Finding]:
                 yield finding("file-not-listed", path, "it is in the folder, not in dataset.json")
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
 def _mapped(dataset: Dataset, mapping: dict[str, Any]) -> Iterator[Finding]:
     """Cases from nnU-Net's "dataset": {case: {"images": [...], "label": ...}}."""
     for name, entry in mapping.items():
@@ -277,7 +295,7 @@ def _mapped(dataset: Dataset, mapping: dict[str, Any]) -> Iterator[Finding]:
         case = Case(name, True)
         for i, text in enumerate([*images, entry["label"]]):
             path = dataset.folder / text
-            if not path.is_file():
+            if not _is_file(path):
                 yield finding("listed-file-missing", path, f"dataset.json lists it for {name}")
             elif i < len(images):
                 case.images[i] = path

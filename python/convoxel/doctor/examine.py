@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..volume.dicom import is_dicom
 from .cases import examine_case
 from .catalogue import Finding, finding, in_order
 from .cohort import examine_cohort
 from .dataset import ENDINGS, is_dataset, open_dataset
 from .scans import examine_image, load
+
+_LOOKED_AT = 20  # files of a folder, to see whether it holds DICOM
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ def examine(
 ) -> list[Finding]:
     """What is wrong or doubtful with a scan, a folder of scans, or a dataset; nothing is changed.
 
-    A folder with a dataset.json or an imagesTr is taken as a dataset of nnU-Net (version 2) or, where
+    Files and formats are those of `convoxel.volume.read`; a folder of DICOM slices is one scan. A folder with a
+    dataset.json or an imagesTr is taken as a dataset of nnU-Net (version 2) or, where
     dataset.json lists its training files, of the Medical Segmentation Decathlon. Every file is read once, one
     at a time (an image beside its label).
 
@@ -63,15 +67,27 @@ def look_over(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.is_dir() and is_dataset(path):
         return _dataset(path, progress, max_bytes)
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(ENDINGS)) if path.is_dir() else [path]
+    files = _scans(path) if path.is_dir() else [path]
     if not files:
-        words = f"no dataset.json, no imagesTr, and no file that ends in {', '.join(ENDINGS)}"
+        words = f"no dataset.json, no imagesTr, no DICOM, and no file that ends in {', '.join(ENDINGS)}"
         return Examination(f"{path}: a folder", 0, [finding("no-cases", path, words)])
     found: list[Finding] = []
     for file in _bar(files, progress):
         found += _scan(file, max_bytes)
     subject = f"{path}: {len(files)} scans" if path.is_dir() else f"{path}: one scan"
     return Examination(subject, len(files), in_order(found))
+
+
+def _scans(folder: Path) -> list[Path]:
+    """Files by their names, and the folders that hold DICOM, in a folder and all below it."""
+    found: list[Path] = []
+    for place, _, names in os.walk(folder):
+        paths = [Path(place, name) for name in sorted(names)]
+        found += [path for path in paths if path.name.endswith(ENDINGS)]
+        others = [path for path in paths if not path.name.endswith(ENDINGS) and path.name != "DICOMDIR"]
+        if any(is_dicom(path) for path in others[:_LOOKED_AT]):
+            found.append(Path(place))
+    return sorted(found)
 
 
 def _scan(path: Path, max_bytes: int | None) -> list[Finding]:

@@ -167,6 +167,8 @@ def _whole_numbers(array: NDArray[Any], path: Path) -> tuple[NDArray[Any] | None
                 "label-not-finite", path, f"{int((~np.isfinite(array)).sum())} voxels are NaN or infinite"
             )
         ]
+    if np.abs(array).max() > np.iinfo(np.int32).max:
+        return None, [finding("label-many-values", path, f"values from {array.min():g} to {array.max():g}")]
     broken = array != np.rint(array)
     if broken.any():
         example = np.unique(array[broken])

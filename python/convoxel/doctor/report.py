@@ -32,7 +32,7 @@ def summary(examination: Examination, everything: bool = False) -> Iterator[str]
         if len(shown) < len(same):
             yield f"    ... and {len(same) - len(shown)} more (--all lists them)"
         yield f"    -> {same[0].remedy}"
-    yield f"\n{_count(examination.findings)} in {examination.files} files"
+    yield f"\n{_count(examination.findings)} in {examination.files} file{'s' * (examination.files != 1)}"
 
 
 def _count(findings: list[Finding]) -> str:

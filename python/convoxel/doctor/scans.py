@@ -21,23 +21,34 @@ from .catalogue import Finding, finding
 _REFUSALS = (
     ("the file is empty", "empty-file"),
     ("goes on after the voxels", "trailing-data"),
-    ("damaged data|damaged or cut off at its end", "damaged"),
-    ("cut off|cannot hold them", "truncated"),
+    ("damaged data|damaged or cut off at its end|damaged DICOM|no field of a header|has no end", "damaged"),
+    ("cut off|cannot hold them|overlap the header|has no PixelData|does not come to", "truncated"),
     ("named .nii but gzip", "hidden-gzip"),
     ("named .gz but not", "not-gzip"),
     (r"\.hdr/\.img", "header-pair"),
-    ("not a NIfTI|NIfTI mark", "not-nifti"),
+    ("not a NIfTI|NIfTI mark|not a NRRD|not a MetaImage|no DICOM file", "wrong-content"),
     ("a name that ends in", "unsupported-format"),
-    ("voxels' type", "unsupported-type"),
-    ("time and channels together", "five-dimensional"),
-    ("voxel size", "bad-voxel-size"),
-    ("singular|not finite|[qs]form is invalid", "bad-affine"),
+    ("voxels' type|ElementType is|its type is|samples each|a segmentation|no DICOM scan", "unsupported-type"),
+    ("time and channels together|four dimensions and channels|axes in space and", "five-dimensional"),
+    ("voxel size|PixelSpacing|ElementSpacing", "bad-voxel-size"),
+    ("singular|not finite|[qs]form is invalid|directions of length 1", "bad-affine"),
     ("bytes of memory", "too-large"),
+    ("missing slices|distance between slices changes", "slices-missing"),
+    ("unevenly spaced|shifted sideways", "slices-uneven"),
+    (r"are the same image|images at \d+ places", "slices-doubled"),
+    (r"it has \d+ series", "several-series"),
+    (
+        "its images differ|images are of different orientation|pixel spacings|several frames of ref",
+        "slices-mixed",
+    ),
+    ("among the files of the series", "slice-damaged"),
 )
 _WARNINGS = (
     ("place voxels up to", "qform-sform-conflict"),
     ("header's voxel size", "voxel-size-conflict"),
-    ("does not say how the scan lies", "no-orientation"),
+    ("how the scan lies|which way its space|no TransformMatrix|its space is", "no-orientation"),
+    ("no space origin", "no-origin"),
+    ("gantry is tilted", "gantry-tilt"),
 )
 _SPACING_MM = (0.05, 20.0)  # clinical scans lie between, microscopes below, localizers above
 _SHEAR = (1e-4, 1e-2)  # cosine between two axes: beyond float32's rounding, beyond half a degree
@@ -81,12 +92,16 @@ def load(path: Path, max_bytes: int | None = None) -> tuple[Volume | None, list[
             volume = read(path, max_bytes=max_bytes)
         except VolumeError as error:
             reason, _, remedy = _without(path, str(error)).rpartition("; ")
-            return None, [finding(_name(str(error), _REFUSALS, "unreadable"), path, reason or remedy, remedy)]
+            name = _name(reason or remedy, _REFUSALS, "") or _name(str(error), _REFUSALS, "unreadable")
+            return None, [finding(name, path, reason or remedy, remedy)]
     found = [
         finding(_name(str(w.message), _WARNINGS, "reader-warning"), path, _without(path, str(w.message)))
         for w in caught
     ]
-    return volume, found + list(_placement(volume, path))
+    tilted = any(f.name == "gantry-tilt" for f in found)
+    return volume, found + [
+        f for f in _placement(volume, path) if not (tilted and f.name.startswith("axes-"))
+    ]
 
 
 def _name(message: str, names: tuple[tuple[str, str], ...], otherwise: str) -> str:
