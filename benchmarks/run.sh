@@ -11,22 +11,24 @@ out=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 
-# measure NAME WORDS…: `convoxel bench WORDS` to NAME.json and NAME.png; a promise broken by accuracy is not the end
+# measure NAME WORDS…: `convoxel bench WORDS` to NAME.json, NAME.png and, of layers, NAME-roofline.png; a promise broken
+# by accuracy is not the end
 files=()
 measure() {
-  local name=$1 start=$SECONDS status=0
+  local name=$1 start=$SECONDS status=0 roofline=()
   files+=("$out/$name.json")
   shift
   if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
+  if [[ $1 == layers ]]; then roofline=(--roofline "$out/$name-roofline.png"); fi
   echo "== $name: convoxel bench $*"
-  "$python" -m convoxel bench "$@" --json "$out/$name.json" --plot "$out/$name.png" || status=$?
+  "$python" -m convoxel bench "$@" --json "$out/$name.json" --plot "$out/$name.png" "${roofline[@]}" || status=$?
   echo "== $name: $((SECONDS - start)) s, exit code $status"
   if [[ $1 != accuracy && $status != 0 ]]; then exit "$status"; fi
 }
 
 rest=(first stride transposed deep depthwise pointwise conv2d)
 
-measure hot layers hot --repeats 3
+measure hot layers hot --peers torch,compile --repeats 3
 measure hot-highest layers hot --precision highest --repeats 2
 measure hot-bf16 layers hot --dtype bf16 --repeats 2
 measure layers layers "${rest[@]}" --repeats 3
@@ -34,7 +36,7 @@ measure around layers around small --repeats 3
 measure avx2-hot layers hot --isa avx2 --repeats 2
 measure avx2-layers layers "${rest[@]}" --isa avx2 --repeats 2
 measure avx2-around layers around --isa avx2 --repeats 2
-measure network-nnunet3d network nnunet3d --dtype f32,bf16 --peers onnxruntime,openvino --rounds 1 --repeats 1
+measure network-nnunet3d network nnunet3d --dtype f32,bf16 --peers compile,onnxruntime,openvino --rounds 1 --repeats 1
 measure network-nnunet2d network nnunet2d --rounds 1 --repeats 2
 measure network-basicunet network basicunet --rounds 1 --repeats 2
 measure network-dynunet network dynunet --rounds 1 --repeats 1

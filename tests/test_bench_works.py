@@ -11,7 +11,7 @@ import torch.nn.functional as T
 from matplotlib.image import imread
 
 from convoxel import cli, runtime
-from convoxel.bench import accuracy, compare, fit, operators, plot, results
+from convoxel.bench import accuracy, compare, fit, operators, plot, results, roofline
 from convoxel.geometry import Problem
 from convoxel.ops import route
 
@@ -264,11 +264,25 @@ def test_pictures_of_layers_and_networks(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "n.svg").read_text()
 
 
+def test_the_roofline_stands_where_the_limits_meet(tmp_path: Path) -> None:
+    words = ["--problem", "conv n1 c4 k8 i8x8 f3x3 p1x1", "--repeats", "1", "--json", tmp_path / "l.json"]
+    assert run(*words, "--roofline", tmp_path / "l.svg") == 0
+    text = (tmp_path / "l.svg").read_text()
+    machine = results.read(tmp_path / "l.json").machine
+    assert f"limits: {machine['FMA peak, GFLOP/s']:.0f} GFLOP/s" in text and "conv 4→8 8² k3² last" in text
+    assert [roofline.roof(i, 400, 20) for i in (1, 20, 21, 40)] == [20, 400, 400, 400]
+    row = next(r for r in results.read(tmp_path / "l.json").rows if r["direction"] == "forward")
+    flops, moved = 2 * 8 * 64 * 4 * 9, 4 * (4 * 64 + 8 * 4 * 9 + 8 * 64)
+    assert roofline.intensity(row) == pytest.approx(flops / moved, rel=1e-3)
+
+
 def test_a_picture_that_cannot_be_drawn_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("hot", "--plot", tmp_path / "l.txt") == 1
-    assert "must end with one of" in capsys.readouterr().err
+    assert "--plot: " in (found := capsys.readouterr().err) and "must end with one of" in found
+    assert run("hot", "--roofline", tmp_path / "l.txt") == 1
+    assert "--roofline: " in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.backend_bases", None)
     assert run("hot", "--plot", tmp_path / "l.png") == 1
     assert 'pip install "convoxel[bench]"' in capsys.readouterr().err

@@ -76,6 +76,7 @@ def start(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
     """`run(args)`; at an --isa in a fresh process, since torch reads its cap when it is imported. Refuses now what
     could only fail after the measurements."""
     plot.check(args.plot)
+    plot.check(getattr(args, "roofline", None), "--roofline")
     if getattr(args, "isa", None) is None:
         return run(args)
     if args.isa not in runtime.isas():

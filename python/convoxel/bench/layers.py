@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 
 from .. import runtime
 from ..geometry import Problem
-from . import results
-from .arguments import add_machine, add_output, finish, measuring, start, words
+from . import results, roofline
+from .arguments import add_machine, add_output, file, finish, measuring, start, words
 from .lists import LISTS
 from .measure import Row, Settings, measure
 from .operators import PASSES, passes
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of " + ",".join(PEERS) + " (default: torch, which is always among them)")  # fmt: skip
     add_machine(parser, 5)
     add_output(parser)
+    add("--roofline", type=file, metavar="FILE",
+        help="also draw their GFLOP/s over operations a byte, under the machine's limits")  # fmt: skip
 
 
 def known(name: str) -> str:
@@ -78,7 +80,10 @@ def time_layers(args: argparse.Namespace) -> int:
                 rows.append(row)
                 print(line(row, peers), flush=True)
         print(*summary(rows), sep="\n")
-        finish(args, results.Results("layers", machine, [asdict(r) for r in rows]))
+        found = results.Results("layers", machine, [asdict(r) for r in rows])
+        finish(args, found)
+        if args.roofline:
+            roofline.draw(args.roofline, found)
     return 0
 
 

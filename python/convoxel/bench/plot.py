@@ -170,9 +170,9 @@ def draw(path: Path | None, found: Results) -> None:
         PICTURES[found.kind](path, found)
 
 
-def check(path: Path | None) -> None:
-    """Before hours of measuring: whether `draw` will be able to."""
+def check(path: Path | None, option: str = "--plot") -> None:
+    """Before hours of measuring: whether the picture of this option can be drawn."""
     if path:
         formats = extra("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
         if path.suffix[1:].lower() not in formats:
-            raise ValueError(f"--plot: {path} must end with one of .{', .'.join(sorted(formats))}")
+            raise ValueError(f"{option}: {path} must end with one of .{', .'.join(sorted(formats))}")
