@@ -25,7 +25,7 @@ from . import runtime
 from .geometry import check_float
 from .ops import activation as _activation
 from .ops import cat as _cat
-from .ops import conv as _conv
+from .ops import convolution as _conv
 from .ops import norm as _norm
 from .ops import pool as _pool
 from .ops import resample as _resample

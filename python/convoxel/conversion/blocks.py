@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
-from ..ops import conv as _conv
+from ..ops import convolution as _conv
 from ..ops import norm as _norm
 from ..ops.conv_block import conv_moments
 from ..ops.library import autocast, autocasts, why_not

@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import _C, runtime
 from ..geometry import Ints, is_channels_last
 from . import conv as conv_
+from . import conv_vmap
 from . import norm_act as norm_act_
 from .library import SMALL, Operator, dense, pointer, register, scratch
 from .norm import _channels, _constant, compute_dtype
@@ -136,16 +137,16 @@ def _moments_vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | Non
                   dilation: Ints, groups: int, norm_groups: int, over_batch: bool) -> tuple[Any, Any]:  # fmt: skip
     """The batch joins the groups of both kinds."""
     size = info.batch_size
-    xb, wb = (conv_._front(t, d, size) for t, d in zip((x, w), in_dims[:2], strict=True))
-    bias = None if b is None else conv_._front(b, in_dims[2], size).flatten(0, 1)
+    xb, wb = (conv_vmap.front(t, d, size) for t, d in zip((x, w), in_dims[:2], strict=True))
+    bias = None if b is None else conv_vmap.front(b, in_dims[2], size).flatten(0, 1)
     how = (stride, padding, dilation, groups * size, norm_groups * size, over_batch)
-    y, mean, var = conv_moments(conv_._join(xb, 1), conv_._join(wb, 0), bias, *how)
+    y, mean, var = conv_moments(conv_vmap.join(xb, 1), conv_vmap.join(wb, 0), bias, *how)
     at = 0 if over_batch else 1
-    return (conv_._split(y, 1, size), *(conv_._split(t, at, size) for t in (mean, var))), (0, 0, 0)
+    return (conv_vmap.split(y, 1, size), *(conv_vmap.split(t, at, size) for t in (mean, var))), (0, 0, 0)
 
 
 conv_moments: Operator = register(
-    f"conv_moments(Tensor x, Tensor w, Tensor? b, {conv_._HOW}, SymInt norm_groups, bool over_batch) "
+    f"conv_moments(Tensor x, Tensor w, Tensor? b, {conv_.HOW}, SymInt norm_groups, bool over_batch) "
     "-> (Tensor, Tensor, Tensor)",
     _moments_cpu, _moments_fake, _moments_backward, _moments_setup, _moments_vmap,
 )  # fmt: skip
@@ -275,9 +276,9 @@ def _block_vmap(
     norm = (norm_groups * size, over_batch, fixed, eps, kind, alpha)
     y, *moments = norm_act_conv(*parts, *norm, *weights, *how, groups * size, out_groups * size, out_over)
     if not out_groups:
-        return (conv_._split(y, 1, size), *moments), (0, None, None)
+        return (conv_vmap.split(y, 1, size), *moments), (0, None, None)
     at = 0 if out_over else 1
-    return (conv_._split(y, 1, size), *(conv_._split(m, at, size) for m in moments)), (0, 0, 0)
+    return (conv_vmap.split(y, 1, size), *(conv_vmap.split(m, at, size) for m in moments)), (0, 0, 0)
 
 
 def _merge(tensors: Sequence[Any], dims: Sequence[Any], axes: Ints, size: int) -> list[Tensor | None]:
@@ -342,7 +343,7 @@ def _block_weight_grad_vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[T
     (dy,) = _merge((dy,), in_dims[12:13], (1,), size)
     norm = (norm_groups * size, over_batch, fixed, eps, kind, alpha)
     dw = norm_act_conv_weight_grad(*parts, *norm, dy, *how, groups * size, kernel)
-    return conv_._split(dw, 0, size), 0
+    return conv_vmap.split(dw, 0, size), 0
 
 
 _NORM = (
@@ -351,11 +352,11 @@ _NORM = (
 )
 
 norm_act_conv: Operator = register(
-    f"norm_act_conv({_NORM}, Tensor w, Tensor? b, {conv_._HOW}, SymInt out_groups, bool out_over_batch) "
+    f"norm_act_conv({_NORM}, Tensor w, Tensor? b, {conv_.HOW}, SymInt out_groups, bool out_over_batch) "
     "-> (Tensor, Tensor, Tensor)",
     _block_cpu, _block_fake, _block_backward, _block_setup, _block_vmap,
 )  # fmt: skip
 norm_act_conv_weight_grad: Operator = register(
-    f"norm_act_conv_weight_grad({_NORM}, Tensor dy, {conv_._HOW}, SymInt[3] kernel) -> Tensor",
+    f"norm_act_conv_weight_grad({_NORM}, Tensor dy, {conv_.HOW}, SymInt[3] kernel) -> Tensor",
     _block_weight_grad_cpu, _block_weight_grad_fake, _refuse_backward, _no_setup, _block_weight_grad_vmap,
 )  # fmt: skip

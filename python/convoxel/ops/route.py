@@ -148,7 +148,7 @@ def amx_declined(groups: int, dtype: torch.dtype, algorithm: str, isa: str) -> s
 def choose(
     op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: str, algorithm: str, isa: str = ""
 ) -> Route:
-    """geometry: as `ops.conv.numbers` gives it; precision, algorithm, isa: in the words of `runtime`."""
+    """geometry: as `ops.conv_geometry.numbers` gives it; precision, algorithm, isa: in the words of `runtime`."""
     images, c, k, groups = geometry[:4]
     axes = [geometry[4 + 6 * a : 10 + 6 * a] for a in range(3)]
     if op == "conv_bias_grad":
