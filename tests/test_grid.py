@@ -11,8 +11,7 @@ from convoxel.inference import Axis, predict_on_grid
 from convoxel.inference.maps import entropy_of, probabilities_of, remove_small
 from convoxel.inference.plan import Plan
 from convoxel.inference.rows import Rows
-from convoxel.inference.windows import starts as even_starts
-from convoxel.inference.windows import weight_map
+from convoxel.inference.windows import spread, weight_map
 
 
 class Ramp:
@@ -81,7 +80,7 @@ CASES = [  # image, patch, output, overlap, classes, batch
 def settings(case):
     size, patch, out, overlap, classes, batch = case
     overlaps = overlap if isinstance(overlap, tuple) else (overlap,) * 3
-    placed = [even_starts(n, p, o) for n, p, o in zip(size, patch, overlaps, strict=True)]
+    placed = [spread(n, p, o) for n, p, o in zip(size, patch, overlaps, strict=True)]
     axes = [Axis.linear(n, m) for n, m in zip(size, out, strict=True)]
     return image(size), placed, axes
 

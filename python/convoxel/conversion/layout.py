@@ -20,7 +20,7 @@ def channels_last(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     images = [t for t in pytree.tree_leaves((args, kwargs)) if _is_image(t)]
     if not images or is_channels_last(images[0]):
         return run(*args, **kwargs)
-    args, kwargs = pytree.tree_map(_to_last, (args, kwargs))
+    args, kwargs = pytree.tree_map(to_last, (args, kwargs))
     return pytree.tree_map(_to_contiguous, run(*args, **kwargs))
 
 
@@ -30,7 +30,7 @@ def _is_image(t: Any) -> bool:
     )
 
 
-def _to_last(t: Any) -> Any:
+def to_last(t: Any) -> Any:
     """One channel has both formats at once, and is taken for contiguous: its strides are set to say channels-last."""
     if not _is_image(t):
         return t
@@ -61,4 +61,4 @@ class _Contiguous(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _to_last(dy)
+        return to_last(dy)

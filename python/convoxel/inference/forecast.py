@@ -47,7 +47,7 @@ def forecast(network: Network, plan: Plan, held: int, max_ram: int | None, scrat
     classes, seconds = _probe(network, batch)
     peak = peak_memory()
     row, most, least = row_bytes(plan, classes), plan.rows(), plan.least_rows()
-    fixed = peak + held + max(_MARGIN, (peak - before) // 4)
+    fixed = peak + held + max(_MARGIN, (peak - before) // 2)  # holes in the heap
     rows = most if max_ram is None else min(most, (max_ram - fixed) // row)
     if rows < (least if scratch else most):
         options = f"max_ram={fixed + most * row} would do"
@@ -68,6 +68,7 @@ def _probe(network: Network, batch: int) -> tuple[int, float]:
         began = time.perf_counter()
         for y, _ in network([(0, 0, 0)] * batch):
             classes = y.shape[1]
+            del y
         least = min(least, time.perf_counter() - began)
     return classes, least
 

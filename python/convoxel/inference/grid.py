@@ -20,8 +20,7 @@ from .machine import peak_memory
 from .network import Model, Network, evaluating
 from .plan import Plan
 from .walk import Take, Walk
-from .windows import checked_weights, per_axis, weight_map
-from .windows import starts as even_starts
+from .windows import checked_weights, per_axis, spread, weight_map
 
 
 def predict_on_grid(
@@ -53,8 +52,8 @@ def predict_on_grid(
             numbers runs 2-D networks, (B, C, h, w) -> (B, K, h, w), on every slice of D.
         image: (C, D, H, W) float32, as the network wants it, no smaller than the patch.
         patch_size: (d, h, w) voxels.
-        starts: for each axis the first voxels of its windows, rising from 0 to D - d and without gaps; None: even
-            steps of patch * (1 - overlap).
+        starts: for each axis the first voxels of its windows, rising from 0 to D - d and without gaps; None: as many as
+            steps of patch * (1 - overlap) make, evenly spread.
         weights: (d, h, w) float32, positive: how much each voxel of a window counts. None: a Gaussian of
             deviation patch / 8, at least 1e-3.
         axes: how the output's three axes lie in the image's; None: the same grid.
@@ -126,9 +125,7 @@ def _starts(
     overlap: Sequence[float] | float,
 ) -> list[list[int]]:
     if given is None:
-        return [
-            even_starts(n, p, o) for n, p, o in zip(size, patch, per_axis("overlap", overlap, 3), strict=True)
-        ]
+        return [spread(n, p, o) for n, p, o in zip(size, patch, per_axis("overlap", overlap, 3), strict=True)]
     placed = [sorted({int(s) for s in some}) for some in given]
     for some, n, p in zip(placed, size, patch, strict=True):
         gaps = any(b - a > p for a, b in zip(some, some[1:], strict=False))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conversion.layout import to_last
+
 Flips = tuple[bool, ...]  # of the axes D, H, W
 Model = Callable[[Tensor], Tensor]
 
@@ -47,13 +49,12 @@ class Network:
                 # A batch of its own for each model: they may work in place.
                 x = torch.stack([self.window(start) for start in starts])
                 x = torch.flip(x, axes) if axes else x
-                x = x[:, :, 0] if self.flat else x
-                last = torch.channels_last if self.flat else torch.channels_last_3d
-                x = x.contiguous(memory_format=last).to(device)
+                x = to_last(x[:, :, 0] if self.flat else x).to(device)
                 y = checked(model(x), x)
                 y = y[:, :, None] if self.flat else y
                 y = y.to("cpu", torch.float32).contiguous(memory_format=torch.channels_last_3d)
                 yield y, flips
+                del x, y  # or they would lie beside the next pass
 
     def window(self, start: Sequence[int]) -> Tensor:
         index = [slice(None), *(slice(s, s + p) for s, p in zip(start, self.patch, strict=True))]

@@ -68,6 +68,7 @@ class Walk:
             turned = y.permute(0, 1, *(2 + a for a in order))
             for logits, start in zip(turned, windows, strict=True):
                 self.rows.add(logits, self.weights, start, [flips[a] for a in order])
+            del y, turned, logits
 
     def _begin(self, classes: int) -> None:
         self.kind = LARGEST if self.regions is None else LAST_POSITIVE

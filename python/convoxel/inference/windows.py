@@ -75,6 +75,12 @@ def starts(n: int, roi: int, overlap: float) -> list[int]:
     return [*range(0, n - roi, step), n - roi]
 
 
+def spread(n: int, roi: int, overlap: float) -> list[int]:
+    """As many windows as `starts`, evenly spread: n=110, roi=64, overlap=0.5 -> 0, 23, 46."""
+    last = len(starts(n, roi, overlap)) - 1
+    return [round(i * (n - roi) / last) if last else 0 for i in range(last + 1)]
+
+
 def weight_map(
     roi: tuple[int, ...], mode: str, sigma_scale: tuple[float, ...], given: Tensor | None
 ) -> Tensor:
