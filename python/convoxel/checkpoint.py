@@ -52,8 +52,15 @@ def check_writable(path: str | os.PathLike) -> None:
     _safetensors()
 
 
-def write(path: str | os.PathLike, state: Mapping[str, Any], architecture: dict[str, Any] | None) -> None:
+def write(
+    path: str | os.PathLike,
+    state: Mapping[str, Any],
+    architecture: dict[str, Any] | None,
+    recipe: dict[str, Any] | None = None,
+) -> None:
     """Write a state_dict, and {"name", "config"} of the network or None, as one safetensors file.
+
+    recipe: what is done with a scan before and after the network, plain data (convoxel.importers); None: not known.
 
     Raises ValueError for what safetensors cannot hold (entries that are not tensors, lazy parameters).
     """
@@ -68,6 +75,8 @@ def write(path: str | os.PathLike, state: Mapping[str, Any], architecture: dict[
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()
     }
     metadata = {"format": FORMAT, "architecture": json.dumps(architecture)}
+    if recipe is not None:
+        metadata["recipe"] = json.dumps(recipe)
     # As bytes: safetensors' own file writing makes files that only their owner can read.
     data = _safetensors().torch.save(tensors, metadata=metadata)
     replace_atomically(path, lambda file: file.write(data))
@@ -105,6 +114,19 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any] | N
             f"{path}: the architecture must be a name and a config, received {architecture!r:.200}"
         )
     return state, architecture
+
+
+def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What `write` was given as `recipe`, or None; read after `read`, which says what is wrong with a file."""
+    with _safetensors().safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("recipe", "null")
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its recipe is not JSON ({error}); import the model again") from error
+    if recipe is not None and not isinstance(recipe, dict):
+        raise ValueError(f"{path}: its recipe must be an object, received {recipe!r:.200}")
+    return recipe
 
 
 def check_fits(path: str | os.PathLike, state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:

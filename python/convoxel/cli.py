@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import bench, demo, doctor, phantom, runtime
+from .importers import commands as importing
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
@@ -44,6 +45,18 @@ COMMANDS = (
         "compare convoxel with torch and other engines on this machine",
         lambda parser: bench.add_arguments(parser, [_shared()]),
         bench.run,
+    ),
+    Command(
+        "predict",
+        "segment scans with a trained model (nnU-Net's, convoxel's)",
+        importing.add_predict_arguments,
+        importing.run_predict,
+    ),
+    Command(
+        "import",
+        "make a trained model one safe file: weights and plain settings",
+        importing.add_import_arguments,
+        importing.run_import,
     ),
     Command("demo", "train a 3D U-Net on a real MRI and check it", demo.add_arguments, demo.run_command),
     Command("doctor", "say what is wrong with scans or a dataset", doctor.add_arguments, doctor.run_command),

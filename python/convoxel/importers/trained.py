@@ -1,0 +1,208 @@
+"""A trained model: its networks, and the recipe that takes a scan to them and their labels back to the scan."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..inference import Axis, predict_on_grid
+from ..inference.maps import probabilities_of
+from ..volume import Volume, write
+from ..volume.files import machine_memory
+from ..volume.formats import check_target
+from .networks import Description
+
+SAME_PLACE = 0.05  # voxels by which the channels of one scan may lie apart
+
+
+Frame = Callable[[NDArray[Any]], NDArray[Any]]  # (..., D, H, W) of the scan -> the labels' part of it, a view
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scan as its networks want it, and the way back."""
+
+    image: Tensor  # (C, d, h, w) float32, normalised, on the network's grid, at least as large as the patch
+    patch_size: tuple[int, ...]  # (d, h, w), or (h, w) for 2-D networks
+    starts: tuple[list[int], ...] | None  # per axis, of the windows; None: convoxel's own
+    weights: Tensor | None  # (patch), of the blend; None: MONAI's Gaussian
+    axes: list[Axis] | None  # where the labels' voxels lie on the network's grid; None: on its own
+    frame: Frame
+
+
+class Recipe(ABC):
+    """What has to be done with a scan before and after the networks of one model; plain data, so that it is kept
+    as JSON beside the weights."""
+
+    kind: str
+    channels: tuple[str, ...]  # what the networks take, in order
+    labels: Mapping[str, Any]  # name: value, or values of a region
+    mirror_axes: tuple[int, ...]  # spatial axes (0, 1, 2) that may be flipped
+    regions: tuple[int, ...] | None  # sigmoid channels in ascending precedence, or None: argmax
+
+    @abstractmethod
+    def prepare(self, scans: Sequence[Volume], overlap: float) -> Prepared:
+        """The channels of one scan, made ready."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Plain data from which the recipe can be made again."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Networks of one architecture (the folds of a cross-validation, say), whose logits are averaged."""
+
+    networks: Sequence[nn.Module]
+    description: Description
+    recipe: Recipe
+    name: str
+
+    def predict(
+        self,
+        scans: Sequence[Volume],
+        *,
+        overlap: float = 0.5,
+        mirror: bool = True,
+        batch_size: int = 1,
+        max_ram: int | None = None,
+        probabilities: Path | None = None,
+        progress: bool = False,
+    ) -> Volume:
+        """The labels of one scan, on its own grid.
+
+        Args:
+            scans: one Volume per channel that the model was trained on, all on one grid; or one with all channels.
+            overlap: of neighbouring windows, in [0, 1).
+            mirror: average over flips along the axes that the model allows.
+            batch_size: windows per call of a network.
+            max_ram: most bytes that the process may hold; ValueError beforehand if it cannot be kept.
+            probabilities: a .nii.gz file for the classes' probabilities (K, D, H, W).
+            progress: show a bar with the time left.
+
+        Raises:
+            ValueError: channels missing, on different grids or not finite; the scan does not fit the model.
+
+        >>> model = importers.load("Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres")
+        >>> labels = model.predict([convoxel.volume.read("liver_0000.nii.gz")])
+        """
+        split = self.check(scans)
+        grid, ready = split[0], self.recipe.prepare(split, overlap)
+        maps = (
+            None if probabilities is None else Probabilities(grid, ready, self.recipe.regions, probabilities)
+        )
+        labels = predict_on_grid(
+            self.networks,
+            ready.image,
+            patch_size=ready.patch_size,
+            starts=ready.starts,
+            overlap=overlap,
+            weights=ready.weights,
+            axes=ready.axes,
+            batch_size=batch_size,
+            mirror_axes=self.recipe.mirror_axes if mirror else (),
+            regions=self.recipe.regions,
+            max_ram=max_ram,
+            scores=None if maps is None else maps.add,
+            progress=progress,
+        )
+        if maps is not None:
+            maps.write()
+        whole = np.zeros(grid.grid_shape, labels.dtype)
+        ready.frame(whole)[...] = labels
+        return grid.like(whole)
+
+    def check(self, scans: Sequence[Volume]) -> list[Volume]:
+        """The scan as one Volume per channel; ValueError if it is not what the model was trained on."""
+        split = [part for scan in scans for part in _channels(scan)]
+        wanted = self.recipe.channels
+        if len(split) != len(wanted):
+            raise ValueError(
+                f"the model takes {len(wanted)} channel(s) ({', '.join(wanted)}), the scan has {len(split)}"
+            )
+        for name, scan in zip(wanted[1:], split[1:], strict=True):
+            if not split[0].same_grid(scan, SAME_PLACE):
+                raise ValueError(
+                    f"the channels {wanted[0]} and {name} do not lie on one grid: {split[0]} and {scan}; bring one "
+                    "to the other with volume.resample_to"
+                )
+        for name, scan in zip(wanted, split, strict=True):
+            bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in scan.array)
+            if bad:
+                raise ValueError(
+                    f"channel {name}: {bad} of {scan.array.size} voxels are NaN or infinite; replace them "
+                    "(np.nan_to_num) or crop them away"
+                )
+        return split
+
+
+class Probabilities:
+    """Softmax of classes, or sigmoids of regions, as their logits are done: (K, D, H, W) float32 on the scan's grid.
+
+    They wait in a file without a name beside the target, so that they cost disk and not memory. Outside the box that
+    the network saw the background is certain.
+    """
+
+    def __init__(self, scan: Volume, ready: Prepared, regions: Sequence[int] | None, target: Path) -> None:
+        check_target(target)
+        self.scan, self.ready, self.regions, self.target = scan, ready, regions, target
+        self.whole: NDArray[np.float32] | None = None
+
+    def add(self, where: tuple[slice, ...], logits: NDArray[np.float32]) -> None:
+        """logits (d, h, w, K) of a region of the labels' frame."""
+        p = probabilities_of(logits, self.regions is not None)
+        if self.whole is None:
+            self.whole = self._blank(p.shape[-1])
+            self.view = self.ready.frame(self.whole)
+        self.view[tuple([slice(None), *where])] = np.moveaxis(p, -1, 0)
+
+    def write(self) -> None:
+        if self.whole is not None:
+            write(self.scan.like(self.whole), self.target)
+
+    def _blank(self, classes: int) -> NDArray[np.float32]:
+        shape = (classes, *self.scan.grid_shape)
+        folder = self.target.resolve().parent
+        need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
+        if need > free:
+            raise ValueError(
+                f"{folder}: the probabilities {shape} take {need} bytes, the disk has {free}; free some"
+            )
+        with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps it open
+            file.truncate(need)
+            whole: NDArray[np.float32] = np.memmap(file, np.float32, "r+", shape=shape)
+        if self.regions is None:
+            whole[0] = 1
+        return whole
+
+
+def stack(scans: Sequence[Volume]) -> NDArray[np.float32]:
+    """(C, D, H, W) float32, a copy."""
+    image = np.empty((len(scans), *scans[0].grid_shape), np.float32)
+    for channel, scan in zip(image, scans, strict=True):
+        channel[:] = scan.array
+    return image
+
+
+def check_size(channels: int, shape: Sequence[int], why: str) -> None:
+    """ValueError if an image of that shape is beyond this machine: a wrong spacing, more often than a large scan."""
+    need = 4 * channels * math.prod(shape)
+    if need > machine_memory():
+        raise ValueError(
+            f"{why} would be {' x '.join(map(str, shape))} voxels, {need / 1e9:.0f} GB, more than this machine has; "
+            "check the scan's spacing, or crop it"
+        )
+
+
+def _channels(scan: Volume) -> list[Volume]:
+    return [scan.like(part) for part in scan.array] if scan.is_multichannel else [scan]

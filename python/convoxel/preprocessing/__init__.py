@@ -1,0 +1,21 @@
+"""What a scan goes through on its way to a network: cropped, normalised, resampled, as nnU-Net has it.
+
+crop       to the box that is not zero
+intensity  the normalisations of the field
+splines    resized by splines of order 0, 1 and 3 as products of matrices
+"""
+
+from .crop import filled, nonzero_box, padding
+from .intensity import SCHEMES, Intensities, normalise
+from .splines import nearest, resize
+
+__all__ = [
+    "SCHEMES",
+    "Intensities",
+    "filled",
+    "nearest",
+    "nonzero_box",
+    "normalise",
+    "padding",
+    "resize",
+]
