@@ -105,6 +105,15 @@ def remove(*names):
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
+def version_1(described):
+    """nnU-Net's first version: the Decathlon's lists, without the channel in the files' names."""
+    described["modality"] = described.pop("channel_names")
+    described["labels"] = {str(v): k for k, v in described["labels"].items()}
+    del described["file_ending"]
+    names = [f"phantom_{i:03d}.nii.gz" for i in range(described["numTraining"])]
+    described["training"] = [{"image": f"./imagesTr/{n}", "label": f"./labelsTr/{n}"} for n in names]
+
+
 def copy(old, new):
     return lambda folder: shutil.copy(folder / old, folder / new)
 
@@ -276,7 +285,9 @@ FAULTS = [
     (CT, "json-incomplete", described(lambda d: d.pop("file_ending"))),
     (CT, "json-incomplete", described(lambda d: d.update(labels={"background": None})), set()),
     (MSD, "json-incomplete", described(lambda d: d["training"].append({"image": 3})), {"num-training"}),
-    (CT, "json-old-format", described(lambda d: d.update(modality=d.pop("channel_names")))),
+    (CT, "json-old-format", described(lambda d: d.update(modality=d.pop("channel_names"),
+                                                        labels={str(v): k for k, v in SET_LABELS.items()}))),
+    (CT, "json-old-format", described(version_1)),
     (CT, "file-ending", described(lambda d: d.update(file_ending="nii")), {"no-cases", "num-training"}),
     (CT, "num-training", described(lambda d: d.update(numTraining=99))),
     (MR, "channel-names", described(lambda d: d.update(channel_names={"0": "T1", "2": "T2"}))),
@@ -376,6 +387,7 @@ def test_scans_without_a_dataset(name, plant, sound, tmp_path):
     folder = tmp_path / "Dataset001_Phantom"
     shutil.copytree(sound[CT], folder)
     plant(folder)
+    assert doctor.examine(folder / "labelsTr") == []
     found = doctor.examine(folder / "imagesTr")
     assert [f.name for f in found] == [name]
     assert doctor.examine(folder / OTHER) == []

@@ -21,7 +21,10 @@ _ENOUGH = 4  # cases, before one of them can be called unusual
 _SPACING, _EXTENT, _INTENSITY = 3.0, 4.0, 20.0  # times the median
 _WIDE = 4.0  # and that many times the median deviation: datasets of many scanners are wide
 _RARE = 0.1  # of the training cases
-_SIDES = (("left", "right"), ("behind", "in front"), ("below", "above"))
+_SIDES = (("left of", "right of"), ("behind", "in front of"), ("below", "above"))
+_ABOUT = 0.6  # of the usual distance of two structures
+_APART = 20.0  # mm between them, to tell one side from the other
+_MOST_LABELS = 40  # whose pairs are looked at
 
 
 def examine_cohort(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
@@ -121,32 +124,40 @@ def _label_use(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding
 
 
 def _mirrored(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
-    """Structures that lie the other way round than in nearly all other cases, seen by pairs of labels."""
+    """Cases whose structures lie the other way round than in the others.
+
+    For two labels and an axis, "usual" is the median distance between their centres. A pair is steady if nine in ten
+    cases have about that distance; a case is mirrored if at least half of its steady pairs have about minus that.
+    """
     maps = [
         f.label
         for f in facts
         if f.label is not None and f.grid is not None and _together(f.label.grid, f.grid)
     ]
-    values = sorted({value for label in maps for value in label.centres})
-    names = dataset.labels or {}
-    said: set[tuple[int, int]] = set()
-    for a, b in combinations(values[:40], 2):
-        both = [
-            (i, m.centres[a] - m.centres[b]) for i, m in enumerate(maps) if a in m.centres and b in m.centres
-        ]
+    values = sorted({value for label in maps for value in label.centres})[:_MOST_LABELS]
+    steady = np.zeros((len(maps), 3), int)
+    mirrored = np.zeros((len(maps), 3), int)
+    words: dict[tuple[int, int], str] = {}
+    for a, b in combinations(values, 2):
+        both = [i for i, m in enumerate(maps) if a in m.centres and b in m.centres]
         if len(both) < 2 * _ENOUGH:
             continue
-        offsets = np.array([offset for _, offset in both])
+        offsets = np.array([maps[i].centres[a] - maps[i].centres[b] for i in both])
         usual = np.median(offsets, 0)
-        steady = (np.sign(offsets) == np.sign(usual)).mean(0) >= 0.85
-        apart = (np.sign(offsets) == -np.sign(usual)) & (np.abs(offsets) > np.abs(usual) / 2)
-        certain = steady & (np.abs(usual) > 20)  # mm: not two things in one place
-        for (i, _), axis in ((both[j], int(k)) for j, k in np.argwhere(apart & certain)):
-            if (i, axis) not in said:
-                said.add((i, axis))
-                here, there = _SIDES[axis] if usual[axis] > 0 else _SIDES[axis][::-1]
-                words = f"{names.get(a, a)} lies {here} of {names.get(b, b)}, in other cases {there}"
-                yield finding("label-mirrored", maps[i].path, words)
+        near = np.abs(offsets - usual) < _ABOUT * np.abs(usual)
+        use = (near.mean(0) >= 0.9) & (np.abs(usual) > _APART)
+        turned = (np.abs(offsets + usual) < _ABOUT * np.abs(usual)) & use
+        steady[both] += use
+        mirrored[both] += turned
+        for row, axis in np.argwhere(turned):
+            here, there = _SIDES[axis] if usual[axis] > 0 else _SIDES[axis][::-1]
+            names = [(dataset.labels or {}).get(value, str(value)) for value in (a, b)]
+            words.setdefault(
+                (both[row], int(axis)), f"{names[0]} is {here} {names[1]}, in other cases {there} it"
+            )
+    for (i, axis), text in sorted(words.items()):
+        if 2 * mirrored[i, axis] >= steady[i, axis]:
+            yield finding("label-mirrored", maps[i].path, text)
 
 
 def _together(label: Grid, image: Grid) -> bool:

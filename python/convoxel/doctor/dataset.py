@@ -62,7 +62,8 @@ def open_dataset(folder: Path) -> tuple[Dataset, list[Finding]]:
     if content is None:
         dataset.ending = _usual_ending(folder)
     else:
-        dataset.format = "msd" if isinstance(content.get("training"), list) else "nnunet"
+        lists = isinstance(content.get("training"), list) and not _is_version_1(folder, content["training"])
+        dataset.format = "msd" if lists else "nnunet"
         found += _describe(dataset, content)
     if dataset.format == "msd":
         found += _listed(dataset, content or {})
@@ -107,19 +108,33 @@ def _usual_ending(folder: Path) -> str:
     return max(ENDINGS, key=lambda ending: sum(name.endswith(ending) for name in names))
 
 
+def _is_version_1(folder: Path, training: list[Any]) -> bool:
+    """Whether the lists are nnU-Net's first version's: they name CASE.nii.gz where the files are CASE_0000.nii.gz."""
+    names = [
+        entry["image"]
+        for entry in training
+        if isinstance(entry, dict) and isinstance(entry.get("image"), str)
+    ]
+    return bool(names) and all(
+        not _is_file(folder / name) and _is_file(folder / name.replace(".nii", "_0000.nii")) for name in names
+    )
+
+
 def _describe(dataset: Dataset, content: dict[str, Any]) -> Iterator[Finding]:
     """Fills channels, labels and ending from dataset.json."""
     path = dataset.folder / "dataset.json"
     key = "modality" if dataset.format == "msd" else "channel_names"
-    if dataset.format == "nnunet" and key not in content and isinstance(content.get("modality"), dict):
+    old = dataset.format == "nnunet" and key not in content and isinstance(content.get("modality"), dict)
+    if old:
         yield finding("json-old-format", path, "it has modality instead of channel_names")
         key = "modality"
-    for name in (key, "labels", *(() if dataset.format == "msd" else ("numTraining", "file_ending"))):
+    brief = old or dataset.format == "msd"
+    for name in (key, "labels", *(() if brief else ("numTraining", "file_ending"))):
         if name not in content:
             yield finding("json-incomplete", path, f"{name} is missing")
     yield from _channels(dataset, content.get(key), key, path)
     if isinstance(content.get("labels"), dict):
-        yield from _labels(dataset, content["labels"], content, path)
+        yield from _labels(dataset, content["labels"], content, path, numbers_first=brief)
     elif "labels" in content:
         yield finding("json-incomplete", path, "labels is not an object of names and numbers")
     if dataset.format == "nnunet" and "file_ending" in content:
@@ -143,12 +158,12 @@ def _channels(dataset: Dataset, names: Any, key: str, path: Path) -> Iterator[Fi
 
 
 def _labels(
-    dataset: Dataset, labels: dict[str, Any], content: dict[str, Any], path: Path
+    dataset: Dataset, labels: dict[str, Any], content: dict[str, Any], path: Path, numbers_first: bool
 ) -> Iterator[Finding]:
     numbered = all(re.fullmatch(r"-?\d+", str(key)) for key in labels)
     named = all(isinstance(value, str) and not re.fullmatch(r"-?\d+", value) for value in labels.values())
-    if (numbered and named) != (dataset.format == "msd"):
-        wanted = "number: name" if dataset.format == "msd" else "name: number"
+    if (numbered and named) != numbers_first:
+        wanted = "number: name" if numbers_first else "name: number"
         yield finding("labels-inverted", path, f"expected {wanted}, labels is {_short(labels)}")
     if numbered and named:
         labels = {name: int(number) for number, name in labels.items()}

@@ -189,6 +189,8 @@ def _values(
         yield "constant", f"every voxel is {channel.low:g}"
         return
     distinct, counts = np.unique(some, return_counts=True)
+    if not in_dataset and values.dtype.kind in "iu" and distinct.size <= 4 * _FEW:
+        return  # a label map on its own
     share = counts.max() / some.size
     if share > 0.995:
         yield "nearly-constant", f"{share:.2%} of the voxels are {distinct[counts.argmax()]:g}"
