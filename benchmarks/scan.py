@@ -101,7 +101,9 @@ def main() -> None:
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(int(n) for n in text.split(","))
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--classes", type=int, default=118)
     parser.add_argument("--scan", type=sizes, default=(600, 512, 512), help="voxels of the scan, D,H,W")
     parser.add_argument("--grid", type=sizes, default=(400, 256, 256), help="voxels of the network's grid")
@@ -130,7 +132,9 @@ def main() -> None:
         held = len(np.unique(labels.array))
     rest = t["whole"] - t["network"]
     dense = args.classes * int(np.prod(args.scan, dtype=np.int64)) * 4
-    print(f"peak memory from outside   {peak / 2**30:.2f} GB (ceiling {args.max_ram}; dense scores: {dense / 2**30:.1f} GB)")
+    print(
+        f"peak memory from outside   {peak / 2**30:.2f} GB (ceiling {args.max_ram}; dense scores: {dense / 2**30:.1f} GB)"
+    )
     print(f"labels                     {labels.shape}, {held} of {args.classes} classes occur")
     print(f"file to file               {t['whole']:.1f} s, of it the small network {t['network']:.1f} s, "
           f"everything else {rest:.1f} s ({t['windows']} windows)")  # fmt: skip

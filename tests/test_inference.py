@@ -470,3 +470,77 @@ def test_max_ram_holds_and_is_not_far_off(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     need, peak = map(int, re.findall("[0-9]+", run.stdout))
     assert peak <= need <= peak + (96 << 20), (need, peak)
+
+
+def test_a_scan_on_another_spacing_mirrored_and_averaged():
+    """Every option at once against the same computation done whole."""
+    rng = np.random.default_rng(1)
+    scan = Volume(rng.normal(0, 50, (11, 26, 17)).astype(np.int16), (3.0, 0.8, 1.1))
+    nets = [torch.nn.Conv3d(1, 4, 3, padding=1) for _ in range(2)]
+    grid = (22, 21, 19)  # of 1.5, 1 and 1 mm
+    x = torch.from_numpy(scan.array[None, None].astype(np.float32))
+    x = F.interpolate(x, grid, mode="trilinear") / 50
+    with torch.no_grad():
+        flips = [(), (2,), (4,), (2, 4)]
+        mean = sum(net(x.flip(f)).flip(f) for net in nets for f in flips) / 8
+        scores = F.interpolate(mean, scan.grid_shape, mode="trilinear")[0]
+    best = scores.topk(2, 0).values
+    clear = (best[0] - best[1] > 1e-5).numpy()
+    labels = predict_labels(
+        nets, scan, patch_size=None, spacing=(1.5, 1, 1), normalize=lambda a: a / 50, mirror_axes=(0, 2)
+    )
+    assert labels.same_grid(scan) and clear.mean() > 0.99
+    assert np.array_equal(labels.array[clear], scores.argmax(0).numpy()[clear])
+
+
+@pytest.mark.parametrize("regions", [None, (1, 2, 3)])
+def test_maps_are_written(tmp_path, regions):
+    scan = Volume(np.random.default_rng(2).normal(size=(7, 12, 9)).astype(np.float32), None, AFFINE)
+    net = torch.nn.Conv3d(1, 3, 3, padding=1)
+    paths = {"out": "l.nii.gz", "probabilities": "p.nii.gz", "entropy": "e.nii"}
+    labels = predict_labels(net, scan, patch_size=(7, 12, 4), regions=regions, spacing=(4, 1, 1),
+                            **{name: tmp_path / file for name, file in paths.items()})  # fmt: skip
+    found = {name: read(tmp_path / file) for name, file in paths.items()}
+    p, entropy = found["probabilities"].array.astype(float), found["entropy"].array
+    assert all(v.same_grid(scan) for v in found.values()) and p.shape == (3, 7, 12, 9)
+    wanted = p.argmax(0) if regions is None else ((p > 0.5) * np.array([1, 2, 3])[:, None, None, None]).max(0)
+    assert np.array_equal(labels.array, wanted) and np.array_equal(found["out"].array, wanted)
+    terms = p * np.log(p) + (0 if regions is None else (1 - p) * np.log(1 - p))
+    np.testing.assert_allclose(entropy, -terms.sum(0), rtol=1e-4)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(paths.values())
+
+
+def test_two_dimensional_networks_and_small_components():
+    values = np.zeros((5, 16, 16), np.float32)
+    values[1:4, 4:9, 4:9], values[4, 14, 14] = 2, 1
+    scan = Volume(values, (1, 1, 1))
+
+    def flat(x):
+        assert x.shape[1:] == (1, 8, 8)
+        return -((x - torch.arange(3.0)[:, None, None]) ** 2)
+
+    assert np.array_equal(predict_labels(flat, scan, patch_size=(8, 8), batch_size=4).array, values)
+    cleaned = predict_labels(flat, scan, patch_size=(8, 8), least_component=2).array
+    assert cleaned.sum() == values.sum() - 1 and cleaned[4, 14, 14] == 0
+
+
+def test_progress_prints_the_forecast_and_the_peak(capsys):
+    predict_labels(Threshold(), blank(), patch_size=2, progress=True)
+    printed = capsys.readouterr().err
+    assert re.search(r"27 windows, about \d+ s of network, peak memory \d+ MB", printed)
+    assert re.search(r"peak memory was \d+ MB", printed)
+
+
+@pytest.mark.parametrize("failing", ["model", "stop"])
+def test_interrupted_work_leaves_nothing(tmp_path, failing):
+    calls = []
+
+    def model(x):
+        calls.append(1)
+        if len(calls) > 9:
+            raise KeyboardInterrupt if failing == "stop" else RuntimeError("broken")
+        return torch.cat([x, -x], 1)
+
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        predict_labels(model, blank(), patch_size=2, out=tmp_path / "a.nii", probabilities=tmp_path / "p.nii")
+    assert len(calls) == 10 and not list(tmp_path.iterdir())

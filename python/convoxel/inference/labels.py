@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -102,6 +103,8 @@ def predict_labels(
     roi = window_size(wanted, image[None])
     padded, before = pad(image[None], roi, "constant", 0.0)
     axes = [Axis.linear(n, m).shifted(b) for n, m, b in zip(inner, volume.grid_shape, before, strict=True)]
+    # Of one label, which may fill the scan: its mask, and the numbers of its parts.
+    components = 6 * math.prod(volume.grid_shape) if least_component > 1 else 0
     with Maps(volume, regions is not None, probabilities, entropy) as maps:
         array = predict_on_grid(
             model,
@@ -115,7 +118,7 @@ def predict_labels(
             max_ram=max_ram,
             scratch=scratch,
             scores=maps.add if maps else None,
-            held=maps.held,
+            held=maps.held + components,
             progress=progress,
         )
         if least_component > 1:
