@@ -1,6 +1,6 @@
 """A large CT labelled under a ceiling: peak memory seen from outside, and what everything but the network takes.
 
-    python benchmarks/scan.py                     # 118 classes, network grid 400 x 256 x 256, scan 600 x 512 x 512, 4 GB
+    python benchmarks/scan.py    # 118 classes, network grid 400 x 256 x 256, scan 600 x 512 x 512, 4 GB
     python benchmarks/scan.py --classes 24 --scan 200,256,256 --grid 133,128,128 --max-ram 1GB
 
 A small network stands in, so that the rest of the work shows; its own time is taken out. Beside it one window is run
