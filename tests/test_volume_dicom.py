@@ -248,6 +248,12 @@ def test_a_compressed_frame_of_another_size_than_announced(tmp_path):
         refused(folder, "a compressed frame", max_bytes=1 << 40)
 
 
+def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["convoxel.volume.dicom.read"], "_DECODERS", ())
+    shutil.copy(GOOD / "MR_small_jp2klossless.dcm", tmp_path)
+    refused(tmp_path, "no decoder for its JPEG 2000.*pip install pylibjpeg")
+
+
 def test_without_pydicom_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ImportError, match=r"convoxel\[dicom\]"):

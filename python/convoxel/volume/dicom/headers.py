@@ -23,6 +23,7 @@ from ..core import VolumeError
 from ..files import Source
 
 _LONGEST = 256 << 20  # bytes of one header element; the frames of an enhanced file have some kilobytes each
+NO_MARK = "no DICOM file: no mark DICM at byte 128"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NO_SCANS = {
     "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
@@ -154,7 +155,7 @@ def read_dataset(source: Source, part: Literal["tags", "header", "all"]) -> Any:
     from pydicom.filereader import read_dataset as read_group
     from pydicom.filereader import read_preamble
 
-    stream = _Bounded(source, source.file_size if part == "all" else _LONGEST)
+    stream: Any = _Bounded(source, source.file_size if part == "all" else _LONGEST)
     read_preamble(stream, False)
     meta = read_group(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     if str(meta.get("TransferSyntaxUID", "")) == _DEFLATED:
@@ -167,7 +168,7 @@ def read_dataset(source: Source, part: Literal["tags", "header", "all"]) -> Any:
 def read_header(path: Path) -> File:
     with Source(path) as source, guarded(path):
         if not has_mark(path):
-            raise source.error("no DICOM file: no mark DICM at byte 128", "rewrite it (dcmtk: dcmconv)")
+            raise source.error(NO_MARK, "rewrite it (dcmtk: dcmconv)")
         dataset = read_dataset(source, "tags")
         sop_class, uid = dataset.get("SOPClassUID"), str(dataset.get("SeriesInstanceUID", "") or "")
         kind = _NO_SCANS.get(str(sop_class), "an image")

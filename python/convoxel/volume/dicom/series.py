@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core import VolumeError
-from .headers import File, has_mark, need_pydicom, read_header
+from .headers import NO_MARK, File, has_mark, need_pydicom, read_header
 
 _NAMES = (".dcm", ".ima", ".dicom")
 
@@ -31,6 +31,8 @@ def files_of(path: Path, series: str | None) -> list[File]:
     for file in files:
         if file.is_scan:
             found.setdefault(file.series, []).append(file)
+    if not found and (damaged := [reason for reason in broken.values() if NO_MARK not in reason]):
+        raise VolumeError(damaged[0])
     wanted = _choose(found, files, series, path)
     _check_none_is_broken(wanted, broken)
     if len({file.place for file in wanted}) > 1:
