@@ -22,6 +22,7 @@ from .core import VolumeError
 
 _DEFLATE_RATIO = 1032  # deflate's best: 258 bytes out of 2 bits
 COMPRESSION = 3  # label maps shrink nearly as far as with 9, in a fraction of the time
+_CHUNK = 1 << 20  # a decoder holds as much again, and what it reads
 _HERE = Path(__file__).parent
 
 
@@ -91,7 +92,7 @@ class Source:
         done = 0
         try:
             while done < len(buffer):
-                got = self._stream.readinto(buffer[done : done + (1 << 24)])
+                got = self._stream.readinto(buffer[done : done + _CHUNK])
                 if not got:
                     raise EOFError("end of file")
                 done += got
