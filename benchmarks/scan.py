@@ -133,7 +133,8 @@ def main() -> None:
     rest = t["whole"] - t["network"]
     dense = args.classes * int(np.prod(args.scan, dtype=np.int64)) * 4
     print(
-        f"peak memory from outside   {peak / 2**30:.2f} GB (ceiling {args.max_ram}; dense scores: {dense / 2**30:.1f} GB)"
+        f"peak memory from outside   {peak / 2**30:.2f} GB (ceiling {args.max_ram}; "
+        f"dense scores: {dense / 2**30:.1f} GB)"
     )
     print(f"labels                     {labels.shape}, {held} of {args.classes} classes occur")
     print(f"file to file               {t['whole']:.1f} s, of it the small network {t['network']:.1f} s, "
