@@ -630,6 +630,6 @@ def test_the_user_page_runs(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "volume.md").read_text()
     monkeypatch.chdir(tmp_path)
     blocks = re.findall("```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     exec("\n".join(blocks), {})
     assert f"# {capsys.readouterr().out}" in page

@@ -433,5 +433,7 @@ def test_endings(tmp_path):
     for name in ("a.png", "a.nhdr", "a.mhd", "a"):
         with pytest.raises(VolumeError, match="ends in .nii, .nii.gz, .nrrd, .mha"):
             write(volume, tmp_path / name)
+    with pytest.raises(ValueError, match="no series to choose"):
+        read(tmp_path / "a.nrrd", series="1.2")
     with pytest.raises(ValueError, match="by its name"):
         write(volume, tmp_path / "a.nii", compress=True)

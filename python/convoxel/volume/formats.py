@@ -51,12 +51,15 @@ def read(path: str | os.PathLike[str], *, max_bytes: int | None = None, series: 
         ((176, 256, 240), (1.0, 0.9375, 0.9375))
     """
     path = Path(path)
-    if path.name.lower().endswith(_NIFTI) and not path.is_dir():
-        return nifti.read(path, max_bytes)
-    if path.suffix.lower() in _FIND and not path.is_dir():
-        return load(path, _FIND[path.suffix.lower()], max_bytes)
-    if dicom.is_dicom(path):
+    known = path.name.lower().endswith((*_NIFTI, *_FIND)) and not path.is_dir()
+    if not known and dicom.is_dicom(path):
         return dicom.read(path, max_bytes, series)
+    if series is not None:
+        raise ValueError(f"read: {path} is no DICOM folder or file, so it has no series to choose")
+    if known and path.name.lower().endswith(_NIFTI):
+        return nifti.read(path, max_bytes)
+    if known:
+        return load(path, _FIND[path.suffix.lower()], max_bytes)
     Source(path).close()  # says so if there is no such file
     raise _unknown(path, (*_NIFTI, *_FIND), "a DICOM folder or ")
 

@@ -74,8 +74,9 @@ def write_dicom_seg(
             sources.append(dataset)
     if len(sources) == 1:  # the frames of an enhanced file, in its own order
         planes = planes[np.argsort([s.frame for s in found.slices])]
-    numbers = np.searchsorted(values, planes).astype(np.uint16) + 1
-    numbers[planes == 0] = 0
+    segment = np.zeros(values[-1] + 1, np.uint8 if len(values) < 256 else np.uint16)
+    segment[values] = np.arange(1, len(values) + 1)
+    numbers = segment[planes.astype(np.uint8) if planes.dtype.kind == "b" else planes]
     titles = [(names or {}).get(value, f"label {value}") for value in values]
     with guarded(folder, "highdicom cannot make a segmentation of it"):
         made = _segmentation(highdicom, sources, numbers, titles, description)
@@ -100,19 +101,22 @@ def _label_values(labels: Volume, names: Mapping[int, str]) -> NDArray[Any]:
             f"write_dicom_seg: labels must be whole numbers, (D, H, W), received {labels.dtype} "
             f"{labels.shape}; labels.like(labels.array.astype(np.uint8)) if they are whole"
         )
-    values = np.unique(labels.array)
-    if values[0] < 0 or values[-1] > 65535:
-        raise ValueError(f"write_dicom_seg: labels run from {values[0]} to {values[-1]}, expected 0 to 65535")
+    low, high = int(labels.array.min()), int(labels.array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"write_dicom_seg: labels run from {low} to {high}, expected 0 to 65535")
     wrong = [f"{key!r}: {name!r}" for key, name in names.items() if not _is_name(key, name)]
     if wrong:
         raise ValueError(
             f'write_dicom_seg: names must be {{label: name}} such as {{1: "liver"}}, labels from 1 on, names of '
             f"at most 64 characters; received {', '.join(wrong[:3])}"
         )
-    values = values[values != 0]
-    if not values.size:
+    if high == 0:
         raise VolumeError("write_dicom_seg: every label is 0; there is no segment to write")
-    return values
+    seen = np.zeros(high + 1, bool)
+    for plane in labels.array:  # np.unique would sort a copy of the scan
+        seen[plane.astype(np.uint16, copy=False)] = True
+    seen[0] = False
+    return np.flatnonzero(seen)
 
 
 def _is_name(key: Any, name: Any) -> bool:
@@ -132,7 +136,7 @@ def _on(found: Stack, labels: Volume, folder: Path) -> NDArray[Any]:
 
 
 def _segmentation(
-    highdicom: Any, sources: list[Any], numbers: NDArray[np.uint16], titles: list[str], description: str
+    highdicom: Any, sources: list[Any], numbers: NDArray[Any], titles: list[str], description: str
 ) -> Any:
     from pydicom.sr.codedict import codes
 
@@ -169,25 +173,26 @@ def _segmentation(
     )
 
 
-def _check(aside: Path, path: Path, found: Stack, numbers: NDArray[np.uint16], sources: list[Any]) -> None:
+def _check(aside: Path, path: Path, found: Stack, numbers: NDArray[Any], sources: list[Any]) -> None:
     """Every frame where its plane lies, every voxel as it was."""
     order = found.slices if len(sources) > 1 else sorted(found.slices, key=lambda s: s.frame)
     places = np.array([s.position for s in order])
     near = 0.1 * min(found.spacing)
     with Source(aside) as source, guarded(aside):
         written = read_dataset(source, "all")
-        bits = np.unpackbits(np.frombuffer(written.PixelData, np.uint8), bitorder="little")
         size = numbers[0].size
         back = np.zeros_like(numbers)
         shared = written.SharedFunctionalGroupsSequence[0]
         for index, group in enumerate(written.PerFrameFunctionalGroupsSequence):
             at = np.array([float(v) for v in group.PlanePositionSequence[0].ImagePositionPatient])
             apart = np.linalg.norm(places - at, axis=1)
-            frame = bits[index * size : (index + 1) * size].reshape(numbers[0].shape)
+            first, last = index * size, (index + 1) * size  # frames begin anywhere in a byte
+            packed = np.frombuffer(written.PixelData, np.uint8)[first // 8 : -(-last // 8)]
+            bits = np.unpackbits(packed, bitorder="little")[first % 8 :][:size]
             named = group if "SegmentIdentificationSequence" in group else shared
             number = named.SegmentIdentificationSequence[0].ReferencedSegmentNumber
             if apart.min() <= near:
-                back[apart.argmin()][frame == 1] = number
+                back[apart.argmin()].reshape(-1)[bits == 1] = number
         cosines = np.array([float(v) for v in shared.PlaneOrientationSequence[0].ImageOrientationPatient])
         between = np.array([float(v) for v in shared.PixelMeasuresSequence[0].PixelSpacing])
     wanted = np.concatenate([order[0].along_row, order[0].along_column])
