@@ -93,6 +93,7 @@ def test_objects_that_are_no_images_do_not_count(tmp_path):
         ("1000", "0", np.int32),
         ("0.5", "3", np.float32),
         (lambda z: "1" if z else "0.25", "0", np.float32),
+        (lambda z: "1" if z else "-2000", "0", np.int32),  # the last that is read
     ],
 )
 def test_values_are_what_they_measure(tmp_path, slope, intercept, dtype):
@@ -224,6 +225,12 @@ def test_frames_without_places(tmp_path):
     ds.NumberOfFrames = 4
     save(ds, tmp_path / "us.dcm")
     refused(tmp_path / "us.dcm", "4 frames have no place")
+
+
+def test_an_element_of_any_length_takes_no_memory(tmp_path, monkeypatch):
+    paths = write_series(tmp_path / "ct", values(), oblique(), ImageType=["ORIGINAL"] * 40)
+    monkeypatch.setattr(sys.modules["convoxel.volume.dicom.headers"], "_LONGEST", 200)
+    refused(paths[0], "an element of 360 bytes")
 
 
 def test_deflated_files_are_not_inflated(tmp_path):

@@ -106,7 +106,8 @@ def guarded(path: Path, what: str = "damaged DICOM") -> Iterator[None]:
     except MemoryError as error:
         raise VolumeError(f"{path}: no memory to read it; use a larger machine") from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())[:200]
         raise VolumeError(f"{path}: {what} ({reason}); copy or export it again") from error
 
 
