@@ -1,5 +1,6 @@
 """DICOM series: slices where they lie, whatever their names and numbers; and what is no scan is refused."""
 
+import gzip
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,18 @@ def test_one_file_of_it_is_enough_and_an_enhanced_file_is_the_same(tmp_path):
     for other in (read(paths[2]), read(write_enhanced(tmp_path / "enhanced.dcm", values(), oblique()))):
         assert np.array_equal(other.array, scan.array) and other.dtype == scan.dtype
         np.testing.assert_allclose(other.affine, scan.affine, atol=1e-9)
+
+
+def test_a_scanners_enhanced_file_lies_where_simpleitk_puts_it(tmp_path):
+    """176 sagittal frames of a Philips scanner, blanked; shipped with nibabel."""
+    nibabel, sitk = pytest.importorskip("nibabel"), pytest.importorskip("SimpleITK")
+    packed = Path(nibabel.__file__).parent / "nicom" / "tests" / "data" / "philips_mprage.dcm.gz"
+    (tmp_path / "a.dcm").write_bytes(gzip.decompress(packed.read_bytes()))
+    scan, image = read(tmp_path / "a.dcm"), sitk.ReadImage(str(tmp_path / "a.dcm"))
+    assert scan.shape == (176, 256, 256) and image.GetSize() == (256, 256, 176)
+    for index in [(0, 0, 0), (255, 0, 0), (0, 255, 175), (0, 0, 175)]:
+        place = (LPS @ scan.affine @ (*index, 1))[:3]
+        np.testing.assert_allclose(place, image.TransformIndexToPhysicalPoint(index), atol=1e-3)
 
 
 def test_names_without_an_ending_and_other_files_beside(tmp_path):
@@ -198,6 +211,7 @@ FAULTS = [
     (dict(NumberOfFrames=2), "2 frames have no place"),
     (dict(FrameOfReferenceUID=lambda z: f"1.2.{z}"), "several frames of reference"),
     (dict(PixelData=None), "no PixelData"),
+    (dict(ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]), "a mosaic.*dcm2niix"),
     (dict(PixelData=b"12"), "damaged DICOM"),
 ]
 

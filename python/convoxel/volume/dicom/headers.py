@@ -201,6 +201,8 @@ def slices(file: File) -> list[Slice]:
         pixels = _pixels(dataset, file.path)
         if "ModalityLUTSequence" in dataset:
             raise _error(file.path, "its values go through a table", "convert it with a viewer")
+        if "MOSAIC" in (dataset.get("ImageType") or ()):
+            raise _error(file.path, "its slices are tiles of one picture (a mosaic)", "convert it (dcm2niix)")
         frames = _whole(dataset, "NumberOfFrames", file.path, 1, 1 << 20, default=1)
         groups = dataset.get("PerFrameFunctionalGroupsSequence")
         if groups is None:
