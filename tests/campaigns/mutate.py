@@ -377,6 +377,8 @@ def expected(path: Path) -> float | None:
                 or not ds.ImageOrientationPatient
             ):
                 return None
+            if "MOSAIC" in ds.get("ImageType", ()):  # many slices in one picture, placed as none of them
+                return None
             array = pydicom.pixels.apply_rescale(ds.pixel_array, ds)
             return float(array.sum()) if ds.ImagePositionPatient and ds.PixelSpacing else None
         except Exception:  # whatever keeps pydicom from decoding it, it is no sound file
