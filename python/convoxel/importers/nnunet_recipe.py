@@ -31,10 +31,11 @@ from ..preprocessing import (
     normalise,
     padding,
     resize,
+    resize_labels,
 )
 from ..preprocessing.splines import ORDERS
 from ..volume import Volume
-from .trained import Prepared, Recipe, check_size, stack
+from .trained import Frame, Prepared, Recipe, check_size, stack
 
 READERS = {  # nnU-Net's reader: the orientation that it turns scans to
     "SimpleITKIO": None,
@@ -89,6 +90,17 @@ class Resampling:
         if self.function == _NOT:
             return tuple(shape)
         return tuple(max(1, round(i / j * k)) for i, j, k in zip(old, new, shape, strict=True))
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A scan on its network's grid, in nnU-Net's transposed axes, before windows are laid over it."""
+
+    image: NDArray[np.float32]  # (C, d, h, w), cropped, normalised, resampled
+    cropped: tuple[int, ...]  # (d, h, w) of the box that is not zero, on the scan's own grid
+    spacing: list[float]  # mm, of that box
+    target: list[float]  # mm, of the network's grid as the plans have it
+    frame: Frame  # (..., D, H, W) of the scan -> that box, a view
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,15 @@ class NnunetRecipe(Recipe):
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
-    def prepare(self, scans: Sequence[Volume], overlap: float) -> Prepared:
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What decides the numbers that `on_grid` gives: recipes that agree in it can share a cache."""
+        names = ("reader", "transpose", "spacing", "schemes", "masked", "intensities", "data")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "data": dataclasses.asdict(self.data)}
+
+    def on_grid(self, scans: Sequence[Volume]) -> OnGrid:
+        """The channels of one scan, all on one grid, brought to the network's: the same for training and prediction."""
         turned = [scan.reorient(READERS[self.reader] or scan.orientation) for scan in scans]
         whole = stack(turned).transpose(0, *(1 + axis for axis in self.transpose))
         box = nonzero_box(whole)
@@ -187,8 +207,6 @@ class NnunetRecipe(Recipe):
         check_size(len(image), grid, f"resampled to {tuple(self.spacing)} mm, the scan")
         order, order_z = self.data.orders
         image = resize(image, grid, order, self.data.separate(spacing, target), order_z)
-        patch = (1,) * (3 - len(self.patch_size)) + self.patch_size
-        rim = padding(grid, patch)
 
         def frame(array: NDArray[Any]) -> NDArray[Any]:
             view = scans[0].like(array).reorient(turned[0].orientation).array
@@ -196,10 +214,24 @@ class NnunetRecipe(Recipe):
             view = view.transpose(*range(lead), *(lead + axis for axis in self.transpose))
             return view[..., box[0], box[1], box[2]]
 
+        return OnGrid(image, cropped, spacing, target, frame)
+
+    def labels_on_grid(self, labels: NDArray[Any], placed: OnGrid) -> NDArray[Any]:
+        """(D, H, W) labels of a scan -> (d, h, w) on the grid of its image, see `resize_labels`; for training."""
+        separate = self.data.separate(placed.spacing, placed.target)
+        return resize_labels(placed.frame(labels), placed.image.shape[1:], separate)
+
+    def prepare(self, scans: Sequence[Volume], overlap: float) -> Prepared:
+        placed = self.on_grid(scans)
+        image, grid = placed.image, placed.image.shape[1:]
+        patch = (1,) * (3 - len(self.patch_size)) + self.patch_size
+        rim = padding(grid, patch)
         padded = np.pad(image, [(0, 0), *rim]) if any(map(any, rim)) else image
         starts = tuple(steps(n, p, overlap) for n, p in zip(padded.shape[1:], patch, strict=True))
-        axes = self._axes(grid, cropped, target, spacing, [low for low, _ in rim])
-        return Prepared(torch.from_numpy(padded), self.patch_size, starts, gaussian(patch), axes, frame)
+        axes = self._axes(grid, placed.cropped, placed.target, placed.spacing, [low for low, _ in rim])
+        return Prepared(
+            torch.from_numpy(padded), self.patch_size, starts, gaussian(patch), axes, placed.frame
+        )
 
     def _normalise(self, image: NDArray[np.float32]) -> None:
         mask = filled(image) if any(self.masked) and "ZScoreNormalization" in self.schemes else None

@@ -124,26 +124,7 @@ class TrainedModel:
 
     def check(self, scans: Sequence[Volume]) -> list[Volume]:
         """The scan as one Volume per channel; ValueError if it is not what the model was trained on."""
-        split = [part for scan in scans for part in _channels(scan)]
-        wanted = self.recipe.channels
-        if len(split) != len(wanted):
-            raise ValueError(
-                f"the model takes {len(wanted)} channel(s) ({', '.join(wanted)}), the scan has {len(split)}"
-            )
-        for name, scan in zip(wanted[1:], split[1:], strict=True):
-            if not split[0].same_grid(scan, SAME_PLACE):
-                raise ValueError(
-                    f"the channels {wanted[0]} and {name} do not lie on one grid: {split[0]} and {scan}; bring one "
-                    "to the other with volume.resample_to"
-                )
-        for name, scan in zip(wanted, split, strict=True):
-            bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in scan.array)
-            if bad:
-                raise ValueError(
-                    f"channel {name}: {bad} of {scan.array.size} voxels are NaN or infinite; replace them "
-                    "(np.nan_to_num) or crop them away"
-                )
-        return split
+        return check_scans(scans, self.recipe.channels)
 
 
 class Probabilities:
@@ -184,6 +165,29 @@ class Probabilities:
         if self.regions is None:
             whole[0] = 1
         return whole
+
+
+def check_scans(scans: Sequence[Volume], wanted: Sequence[str]) -> list[Volume]:
+    """One Volume per channel, all finite and on one grid; ValueError if they are not the channels `wanted`."""
+    split = [part for scan in scans for part in _channels(scan)]
+    if len(split) != len(wanted):
+        raise ValueError(
+            f"the model takes {len(wanted)} channel(s) ({', '.join(wanted)}), the scan has {len(split)}"
+        )
+    for name, scan in zip(wanted[1:], split[1:], strict=True):
+        if not split[0].same_grid(scan, SAME_PLACE):
+            raise ValueError(
+                f"the channels {wanted[0]} and {name} do not lie on one grid: {split[0]} and {scan}; bring one "
+                "to the other with volume.resample_to"
+            )
+    for name, scan in zip(wanted, split, strict=True):
+        bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in scan.array)
+        if bad:
+            raise ValueError(
+                f"channel {name}: {bad} of {scan.array.size} voxels are NaN or infinite; replace them "
+                "(np.nan_to_num) or crop them away"
+            )
+    return split
 
 
 def stack(scans: Sequence[Volume]) -> NDArray[np.float32]:

@@ -3,10 +3,12 @@
 crop       to the box that is not zero
 intensity  the normalisations of the field
 splines    resized by splines of order 0, 1 and 3 as products of matrices
+labelled   label maps resized
 """
 
 from .crop import filled, nonzero_box, padding
 from .intensity import SCHEMES, Intensities, normalise
+from .labelled import resize_labels
 from .splines import nearest, resize
 
 __all__ = [
@@ -18,4 +20,5 @@ __all__ = [
     "normalise",
     "padding",
     "resize",
+    "resize_labels",
 ]

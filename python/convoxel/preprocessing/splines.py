@@ -63,7 +63,7 @@ def resize(
 
 def _whole(image: NDArray[Any], out: NDArray[np.float32], order: int) -> None:
     """The first axis by slabs, then the planes of each."""
-    down, rows, columns = (_matrix(n, m, order) for n, m in zip(image.shape, out.shape, strict=True))
+    down, rows, columns = (matrix(n, m, order) for n, m in zip(image.shape, out.shape, strict=True))
     low, high = float(image.min()), float(image.max())
     for first, last, near, weights in _slabs(down, image[0].size * 8):
         part = _double(image[near])
@@ -73,8 +73,8 @@ def _whole(image: NDArray[Any], out: NDArray[np.float32], order: int) -> None:
 
 def _by_slices(image: NDArray[Any], out: NDArray[np.float32], order: int, order_z: int) -> None:
     """Planes first, each clipped to its own range; then the first axis."""
-    rows, columns = (_matrix(n, m, order) for n, m in zip(image.shape[1:], out.shape[1:], strict=True))
-    along = _matrix(len(image), len(out), order_z)
+    rows, columns = (matrix(n, m, order) for n, m in zip(image.shape[1:], out.shape[1:], strict=True))
+    along = matrix(len(image), len(out), order_z)
     for first, last, near, weights in _slabs(along, out[0].size * 8):
         part = _double(image[near])
         limits = part.amin((1, 2), keepdim=True), part.amax((1, 2), keepdim=True)
@@ -106,7 +106,7 @@ def _slabs(matrix: Tensor, row_bytes: int) -> Iterator[tuple[int, int, slice, Te
         first = last
 
 
-def _matrix(old: int, new: int, order: int) -> Tensor:
+def matrix(old: int, new: int, order: int) -> Tensor:
     """(new, old) float64: what every output voxel takes of every input voxel."""
     if old == new:
         return torch.eye(old, dtype=torch.float64)
