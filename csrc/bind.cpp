@@ -20,15 +20,15 @@ namespace {
 typedef uintptr_t Pointer;
 
 // (N, C, K, groups, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then x_last, y_last, the
-// algorithm, a tile's extents)
-typedef std::array<int64_t, 28> ConvNumbers;
+// channels of x's parts, the algorithm, a tile's extents)
+typedef std::array<int64_t, 32> ConvNumbers;
 
 ConvGeometry geometry(const ConvNumbers& n) {
-  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, ConvAlgorithm(n[24]), {}};
-  for (int a = 0; a < kAxes; ++a) g.tile[a] = int(n[25 + a]);
+  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, {}, ConvAlgorithm(n[28]), {}};
+  for (int i = 0; i < kMostParts; ++i) g.parts[i] = n[24 + i];
   for (int a = 0; a < kAxes; ++a) {
     const int64_t* p = &n[4 + 6 * a];
-    g.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]};
+    g.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]}, g.tile[a] = int(n[29 + a]);
   }
   return g;
 }
@@ -42,16 +42,24 @@ F kernel(F function) {
   return function;
 }
 
+// x, or its parts.
+ConvCall conv_call(const ConvNumbers& numbers, const std::vector<Pointer>& x, Pointer w, Pointer b, Pointer y,
+                   Pointer scratch, int threads) {
+  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+  ConvCall call{geometry(numbers), {}, at(w), at(b), at(y), at(scratch), threads};
+  for (size_t i = 0; i < x.size() && i < size_t(kMostParts); ++i) call.x[i] = at(x[i]);
+  return call;
+}
+
 // One Python function a kernel, and one for the scratch that it wants.
 void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const ConvGeometry&, int),
                ConvScratch (*scratch)(const ConvGeometry&, int)) {
   m.def(
       name,
-      [function](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer b, Pointer y, Pointer scratch,
-                 int threads) {
-        auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
-        ConvGeometry g = geometry(numbers);
-        kernel(function(g, dtype))({g, at(x), at(w), at(b), at(y), at(scratch), threads});
+      [function](int dtype, const ConvNumbers& numbers, const std::vector<Pointer>& x, Pointer w, Pointer b, Pointer y,
+                 Pointer scratch, int threads) {
+        ConvCall call = conv_call(numbers, x, w, b, y, scratch, threads);
+        kernel(function(call.g, dtype))(call);
       },
       py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"), py::arg("scratch"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
@@ -76,32 +84,18 @@ const ConvKernel& weight_grad(const ConvGeometry& g, int dtype) {
   return of[g.algorithm][dtype];
 }
 
-// With what a block does around a convolution: constants of ConvLoad for x, slots for the moments of y (0: without).
-// `conv_forward_slots`: of an image; 0 where the algorithm gathers none.
-void bind_conv_block(py::module_& m) {
-  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
+// With slots for the moments of y. `conv_forward_slots`: of an image; 0 where the algorithm gathers none.
+void bind_conv_moments(py::module_& m) {
   m.def(
-      "conv_forward_block",
-      [at](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer b, Pointer y, Pointer constants,
-           bool relu, Pointer moments, Pointer scratch, int threads) {
-        ConvGeometry g = geometry(numbers);
-        ConvLoad load{at(constants), relu};
-        kernel(correlate(g, dtype).forward)({g, at(x), at(w), at(b), at(y), at(scratch), threads,
-                                             constants ? &load : nullptr, static_cast<double*>(at(moments))});
+      "conv_forward_moments",
+      [](int dtype, const ConvNumbers& numbers, const std::vector<Pointer>& x, Pointer w, Pointer b, Pointer y,
+         Pointer moments, Pointer scratch, int threads) {
+        ConvCall call = conv_call(numbers, x, w, b, y, scratch, threads);
+        call.moments = reinterpret_cast<double*>(moments);
+        kernel(correlate(call.g, dtype).forward)(call);
       },
-      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"),
-      py::arg("constants"), py::arg("relu"), py::arg("moments"), py::arg("scratch"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "conv_weight_grad_block",
-      [at](int dtype, const ConvNumbers& numbers, Pointer x, Pointer w, Pointer y, Pointer constants, bool relu,
-           Pointer scratch, int threads) {
-        ConvGeometry g = geometry(numbers);
-        ConvLoad load{at(constants), relu};
-        kernel(weight_grad(g, dtype).run)({g, at(x), at(w), nullptr, at(y), at(scratch), threads, &load});
-      },
-      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("constants"),
-      py::arg("relu"), py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("dtype"), py::arg("geometry"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("y"), py::arg("moments"),
+      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "conv_forward_slots",
       [](int dtype, const ConvNumbers& numbers) {
@@ -270,23 +264,6 @@ void bind_norm_act(py::module_& m) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
-// (as norm) What ConvLoad reads, [N][4][C].
-void bind_load_constants(py::module_& m) {
-  auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
-  m.def(
-      "load_constants",
-      [at](int dtype, const std::array<int64_t, 7>& numbers, double eps, double alpha, Pointer w, Pointer b,
-           Pointer slopes, Pointer mean, Pointer var, Pointer constants) {
-        NormActCall c = norm_act_call(numbers, eps, 1);
-        c.alpha = alpha, c.w = at(w), c.b = at(b), c.slopes = at(slopes), c.y = at(constants);
-        c.mean = static_cast<double*>(at(mean)), c.var = static_cast<double*>(at(var));
-        active_isa().moments[dtype].constants(c);
-      },
-      py::arg("dtype"), py::arg("numbers"), py::arg("eps"), py::arg("alpha"), py::arg("w"), py::arg("b"),
-      py::arg("slopes"), py::arg("mean"), py::arg("var"), py::arg("constants"),
-      py::call_guard<py::gil_scoped_release>());
-}
-
 void bind_activation(py::module_& m) {
   auto at = [](Pointer p) { return reinterpret_cast<void*>(p); };
   m.def(
@@ -450,11 +427,10 @@ PYBIND11_MODULE(_C, m) {
   bind_conv(
       m, "conv_bias_grad", [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].run; },
       [](const ConvGeometry&, int t) { return active_isa().conv_bias_grad[t].scratch; });
-  bind_conv_block(m);
+  bind_conv_moments(m);
   bind_moments(m);
   bind_norm(m);
   bind_norm_act(m);
-  bind_load_constants(m);
   bind_activation(m);
   bind_resample(m);
   bind_pool(m);

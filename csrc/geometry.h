@@ -5,7 +5,7 @@
 
 namespace convoxel {
 
-enum { kD = 0, kH = 1, kW = 2, kAxes = 3 };
+enum { kD = 0, kH = 1, kW = 2, kAxes = 3, kMostParts = 4 };
 
 // One spatial axis of a convolution: y[o] = sum_t w[t] x[o * stride + t * dilation - padding].
 struct ConvAxis {
@@ -18,7 +18,9 @@ enum ConvAlgorithm : int { kDirect = 0, kWinograd = 1, kDepthwise = 2, kColumns 
 struct ConvGeometry {
   int64_t N, C, K, groups;
   ConvAxis axis[kAxes];
-  bool x_last, y_last;  // channels-last storage of x (and dx), of y (and dy)
+  bool x_last, y_last;        // channels-last storage of x (and dx), of y (and dy)
+  int64_t parts[kMostParts];  // channels of the tensors that make x (or dx) side by side: multiples of 32 but for the
+                              // last; 0: no more
   ConvAlgorithm algorithm;
   int tile[kAxes];  // Winograd: outputs of a tile along each axis, 4 or 2, 1 where the kernel has one tap
 };

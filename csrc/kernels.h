@@ -6,23 +6,16 @@
 
 namespace convoxel {
 
-// What a convolution does to x where it reads it.
-struct ConvLoad {
-  const void* constants;  // [N][m, a, b, slope][C], of the compute type
-  bool relu;              // instead of the slope
-};
-
 // One convolution; which of the tensors is written depends on the function.
 struct ConvCall {
   ConvGeometry g;
-  void* x;  // [N, C, D, H, W]
-  void* w;  // [K, C / groups, KD, KH, KW], contiguous
-  void* b;  // [K] (forward, bias_grad), [C] (input_grad); nullptr: none
-  void* y;  // [N, K, OD, OH, OW]
+  void* x[kMostParts];  // [N, C, D, H, W], or its parts, where the algorithm takes some: direct, Winograd, AMX
+  void* w;              // [K, C / groups, KD, KH, KW], contiguous
+  void* b;              // [K] (forward, bias_grad), [C] (input_grad); nullptr: none
+  void* y;              // [N, K, OD, OH, OW]
   void* scratch;
   int threads;
-  const ConvLoad* load = nullptr;  // forward, weight gradient: x is read as act((x - m) a + b)
-  double* moments = nullptr;       // forward: slots [N][slots][count, mean, squared deviations][K] of y as stored
+  double* moments = nullptr;  // forward: slots [N][slots][count, mean, squared deviations][K] of y as stored
 };
 
 typedef void (*ConvFunction)(const ConvCall&);
@@ -97,7 +90,6 @@ struct Moments {
   int64_t (*of_image)(const MomentsCall&);  // slots that `gather` fills
   int64_t (*scratch)(const MomentsCall&);   // bytes, of `gather`
   bool (*combine)(const MomentsCall&);      // slots -> mean, var; whether all are finite
-  void (*constants)(const NormActCall&);    // mean, var, w, b, slopes -> y: what ConvLoad reads
 };
 
 // n adjacent elements; x is the output where relu's gradient is asked. y: or dx.

@@ -164,7 +164,9 @@ def pair():
 def test_in_place_and_twice():
     network = networks.Own(3)
     same = convoxel.accelerate(network, inplace=True)
+    kinds = [type(m) for m in network.modules()]
     assert same is network and convoxel.accelerate(network, inplace=True) is network
+    assert [type(m) for m in network.modules()] == kinds
     again = convoxel.accelerate(network)
     x = image("own, 3-D")
     assert again is not network and torch.equal(again.eval()(x), network.eval()(x))

@@ -85,7 +85,7 @@ inline Plan make_plan(const ConvGeometry& g, bool transposed) {
   p.C = transposed ? g.K : g.C, p.K = transposed ? g.C : g.K;
   p.blocks = ceil_div(p.C, kChannels), p.pairs = ceil_div(p.K, kOutputs);
   for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
-  p.in_place = needs_no_window(p, transposed ? g.y_last : g.x_last);
+  p.in_place = (transposed || g.parts[1] == 0) && needs_no_window(p, transposed ? g.y_last : g.x_last);
   if (!p.in_place) choose_layout(p);
   choose_tiles(p);
   p.slabs_per_item = ceil_div(p.axis[kD].count, p.axis[kD].tile), p.pairs_per_item = p.pairs;

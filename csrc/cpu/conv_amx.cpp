@@ -250,17 +250,23 @@ inline int64_t thread_bytes(const Plan& p) {
 
 inline int64_t panel_elements(const Plan& p) { return p.pairs * p.blocks * p.taps * kStepWeights; }
 
-inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w, const bfloat16* b,
-                      const View<bfloat16>& y, const Slots& slots, char* scratch, int threads) {
+// Whether sums of whole lines may go past the caches, to memory.
+inline bool streams(const Plan& p, const Joined<bfloat16>& y) {
+  int64_t outputs = p.N * p.K * p.axis[kD].out * p.axis[kH].out * p.axis[kW].out;
+  bool lines = y.last() && p.K % kOutputs == 0 && outputs * int64_t(sizeof(bfloat16)) >= kStreamBytes;
+  for (int i = 0; i < y.count; ++i) lines = lines && (reinterpret_cast<uintptr_t>(y.part[i].data) & 63) == 0;
+  return lines;
+}
+
+inline void correlate(const Plan& p, const Joined<bfloat16>& x, const bfloat16* w, const bfloat16* b,
+                      const Joined<bfloat16>& y, const Slots& slots, char* scratch, int threads) {
   bfloat16* panel = take<bfloat16>(scratch, panel_elements(p));
   float* bias = take<float>(scratch, p.pairs * kOutputs);
   uint16_t* columns = take<uint16_t>(scratch, column_elements(p) * threads);
   pack_weights(p, w, panel, columns, column_elements(p), threads);
   zero(bias, p.pairs * kOutputs);
   if (b) convert(b, bias, p.K);
-  int64_t outputs = p.N * p.K * p.axis[kD].out * p.axis[kH].out * p.axis[kW].out;
-  bool stream = y.c == 1 && p.K % kOutputs == 0 && (reinterpret_cast<uintptr_t>(y.data) & 63) == 0 &&
-                outputs * int64_t(sizeof(bfloat16)) >= kStreamBytes;
+  bool stream = streams(p, y);
   int64_t per_thread = thread_bytes(p);
   parallel_for(threads, p.items, [&](int64_t item, int thread) {
     TileState state;
@@ -286,25 +292,26 @@ inline void correlate(const Plan& p, const View<bfloat16>& x, const bfloat16* w,
       it.steps = window_steps(it.packed, p.by_taps[kW] ? it.tile[kW].n : it.packed[kW].extent, p.blocks);
       int64_t kept = carry_slices(before, it.packed[kD], it.steps, old, window);
       if (p.in_place) {
-        it.steps = {p.axis[kW].in, 1, x.axis[kH] / kChannels, 0, x.axis[kD] / kChannels, 1, p.blocks, p.blocks};
-        it.window = target_in(x, {{it.tile[kD].begin, it.tile[kH].begin, it.tile[kW].begin}, {}}, n, 0).data;
+        const View<bfloat16>& x0 = x.part[0];
+        it.steps = {p.axis[kW].in, 1, x0.axis[kH] / kChannels, 0, x0.axis[kD] / kChannels, 1, p.blocks, p.blocks};
+        it.window = target_in(x0, {{it.tile[kD].begin, it.tile[kH].begin, it.tile[kW].begin}, {}}, n, 0).data;
       } else {
         pack_slices(x, n, p.C, it.packed, it.steps, kept, window, lines);
         before = it.packed[kD];
       }
       int64_t next = max<int64_t>(0, before.first + before.extent);
       int64_t slices = min(p.axis[kD].tile * p.axis[kD].in_step, p.axis[kD].in - next);
-      ahead = slab + 1 < end && before.dense
-                  ? Ahead(x, n, p.C, next, max<int64_t>(0, slices), it.packed[kH], p.axis[kW].in)
-                  : Ahead();
+      ahead = slab + 1 < end && before.dense ? Ahead(x, n, next, max<int64_t>(0, slices), it.packed[kH], p.axis[kW].in)
+                                             : Ahead();
       for (int64_t pair = first; pair < last; ++pair) {
         int64_t k = pair * kOutputs;
-        int64_t channels = min(kOutputs, p.K - k);
-        BlockSums<bfloat16> moments;
-        Output out{y.data + n * y.n + k * y.c,     {y.axis[kD], y.axis[kH], y.axis[kW]}, y.c, channels, stream,
-                   slots.data ? &moments : nullptr};
-        run_pair(it, panel + pair * p.blocks * p.taps * kStepWeights, bias + k, out);
-        if (slots.data) moments.write(slots, n, slab * p.tiles[kH] * p.tiles[kW] + column, k, channels);
+        for_parts(y, k, kOutputs, [&](const View<bfloat16>& to, int64_t at, int64_t channels, int64_t) {  // one part
+          BlockSums<bfloat16> moments;
+          Output out{to.data + n * to.n + at * to.c, {to.axis[kD], to.axis[kH], to.axis[kW]}, to.c, channels, stream,
+                     slots.data ? &moments : nullptr};
+          run_pair(it, panel + pair * p.blocks * p.taps * kStepWeights, bias + k, out);
+          if (slots.data) moments.write(slots, n, slab * p.tiles[kH] * p.tiles[kW] + column, k, channels);
+        });
       }
     }
     if (stream) _mm_sfence();
@@ -324,7 +331,7 @@ inline int64_t slots(const ConvGeometry& g) { return g.y_last ? slot_count(make_
 template <bool transposed>
 void run(const ConvCall& call) {
   Plan p = make_plan(call.g, transposed);
-  View<bfloat16> x = view_x<bfloat16>(call), y = view_y<bfloat16>(call);
+  Joined<bfloat16> x = join_x<bfloat16>(call), y = join_y<bfloat16>(call);
   correlate(p, transposed ? y : x, static_cast<const bfloat16*>(call.w), static_cast<const bfloat16*>(call.b),
             transposed ? x : y, {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
             team(p, call.threads));

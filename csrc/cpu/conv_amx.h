@@ -128,16 +128,9 @@ inline void gather_lines(const bfloat16* src, int64_t step, int64_t channels, in
   }
 }
 
-// n lines of block b of the channels.
-inline void activate_lines(Load<bfloat16> load, int64_t b, int64_t channels, int64_t n, bfloat16* lines) {
-  if (!load.constants) return;
-  load.constants += b * kChannels;
-  activate(load, lines, kChannels, lines, kChannels, n, channels);
-}
-
 // One row of x along W, all of its channels: C of them, from `row`. lines: room for the row in one block.
 inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, const PackedAxis& w, const Window& to,
-                     const Load<bfloat16>& load, bfloat16* out, bfloat16* lines) {
+                     bfloat16* out, bfloat16* lines) {
   int64_t left = 0, run = 0;
   if (w.dense) {
     left = min(w.extent, max<int64_t>(0, -w.first));
@@ -158,7 +151,6 @@ inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, co
       bfloat16* dst = out + left * kChannels;
       for (int64_t i = 0; i < run; ++i) copy_line(src + i * step, dst + i * kChannels, some);
       for (int64_t i = left + run; i < w.extent; ++i) zero_line(out + i * kChannels);
-      activate_lines(load, b, channels, run, dst);
       continue;
     }
     for (int64_t q = 0; q < to.copies; ++q)
@@ -166,7 +158,7 @@ inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, co
         int64_t at = w.index[q * to.w + i];
         bfloat16* dst = out + (q * to.copy + i) * kChannels;
         if (at < 0) zero_line(dst);
-        else copy_line(src + at * step, dst, some), activate_lines(load, b, channels, 1, dst);
+        else copy_line(src + at * step, dst, some);
       }
   }
 }
@@ -174,13 +166,12 @@ inline void pack_row(const bfloat16* row, const View<bfloat16>& x, int64_t C, co
 // The slices from `first` on of a window, of image n.
 inline void pack_slices(const View<bfloat16>& x, int64_t n, int64_t C, const PackedAxis* p, const Window& to,
                         int64_t first, bfloat16* window, bfloat16* lines) {
-  const Load<bfloat16> load = load_of(x, n, 0);
   for (int64_t d = first; d < p[kD].extent; ++d)
     for (int64_t h = 0; h < p[kH].extent; ++h) {
       bfloat16* out = window + (d * to.slice + h * to.row) * kChannels;
       int64_t id = p[kD].index[d], ih = p[kH].index[h];
       if (id >= 0 && ih >= 0) {
-        pack_row(x.data + n * x.n + id * x.axis[kD] + ih * x.axis[kH], x, C, p[kW], to, load, out, lines);
+        pack_row(x.data + n * x.n + id * x.axis[kD] + ih * x.axis[kH], x, C, p[kW], to, out, lines);
         continue;
       }
       for (int64_t b = 0; b < to.blocks; ++b)
@@ -188,32 +179,45 @@ inline void pack_slices(const View<bfloat16>& x, int64_t n, int64_t C, const Pac
     }
 }
 
+inline void pack_slices(const Joined<bfloat16>& x, int64_t n, int64_t C, const PackedAxis* p, const Window& to,
+                        int64_t first, bfloat16* window, bfloat16* lines) {
+  for_parts(x, 0, C, [&](const View<bfloat16>& part, int64_t, int64_t channels, int64_t from) {
+    Window blocks = to;
+    blocks.blocks = ceil_div(channels, kChannels);
+    pack_slices(part, n, channels, p, blocks, first, window + from * to.block, lines);
+  });
+}
+
 // Brings the slices of x that come next into L2, a line at a time, while tiles are multiplied: runs of whole rows along
 // W, of one channel each where x is contiguous.
 struct Ahead {
-  const View<bfloat16>* x = nullptr;
-  const bfloat16* image = nullptr;
-  int64_t channels = 0, first = 0, rows = 0, row = 0, runs = 0, run_bytes = 0;  // rows: along H of a slice
-  const int64_t* index = nullptr;                                               // of rows
+  const Joined<bfloat16>* x = nullptr;
+  int64_t n = 0, first = 0, slices = 0, rows = 0, W = 0;  // rows: along H of a slice
+  const int64_t* index = nullptr;                         // of rows
+  int64_t channels = 0, row = 0, runs = 0, run_bytes = 0;
+  int part = -1;
   const char *at = nullptr, *end = nullptr;
 
   Ahead() {}
-  Ahead(const View<bfloat16>& x, int64_t n, int64_t C, int64_t first, int64_t slices, const PackedAxis& h, int64_t W)
-      : x(&x),
-        image(x.data + n * x.n),
-        channels(x.c == 1 ? 1 : C),
-        first(first),
-        rows(h.extent),
-        runs(slices * h.extent * channels),
-        run_bytes(W * (x.c == 1 ? x.axis[kW] : 1) * int64_t(sizeof(bfloat16))),
-        index(h.index) {}
+  Ahead(const Joined<bfloat16>& x, int64_t n, int64_t first, int64_t slices, const PackedAxis& h, int64_t W)
+      : x(&x), n(n), first(first), slices(slices), rows(h.extent), W(W), index(h.index) {}
 
+  bool next_part() {
+    if (!x || part + 1 >= x->count) return false;
+    ++part, row = 0;
+    const View<bfloat16>& v = x->part[part];
+    channels = v.c == 1 ? 1 : x->end[part] - (part ? x->end[part - 1] : 0);
+    runs = slices * rows * channels;
+    run_bytes = W * (v.c == 1 ? v.axis[kW] : 1) * int64_t(sizeof(bfloat16));
+    return runs > 0;
+  }
   void fetch() {
     if (at >= end) {
-      if (row >= runs) return;
+      if (row >= runs && !next_part()) return;
+      const View<bfloat16>& v = x->part[part];
       int64_t h = index[row / channels % rows];
-      at = reinterpret_cast<const char*>(image + (first + row / channels / rows) * x->axis[kD] +
-                                         max<int64_t>(0, h) * x->axis[kH] + row % channels * x->c);
+      at = reinterpret_cast<const char*>(v.data + n * v.n + (first + row / channels / rows) * v.axis[kD] +
+                                         max<int64_t>(0, h) * v.axis[kH] + row % channels * v.c);
       end = at + (h < 0 ? 0 : run_bytes), ++row;
       if (h < 0) return;
     }

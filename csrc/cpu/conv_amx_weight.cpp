@@ -129,20 +129,13 @@ inline void add_products(const Step* steps, int64_t n, const bfloat16* x, const 
 }
 
 // One row of x along W, all its blocks of channels, once for every tap along W.
-inline void pack_x_row(const Item& it, const View<bfloat16>& x, const Load<bfloat16>& load, const bfloat16* row,
-                       int64_t channels, bfloat16* to) {
+inline void pack_x_row(const Item& it, const View<bfloat16>& x, const bfloat16* row, int64_t channels, bfloat16* to) {
   const Axis& w = it.p->axis[kW];
-  for (int64_t b = 0; b < it.steps.blocks; ++b, to += it.steps.block * kChannels) {
+  for (int64_t b = 0; b * kChannels < channels; ++b, to += it.steps.block * kChannels) {
     int64_t some = min(kChannels, channels - b * kChannels), step = x.axis[kW];
     const bfloat16* src = row + b * kChannels * x.c;
     if (x.c != 1) {
       gather_lines(src, x.c, some, w.in, it.lines);
-      src = it.lines, step = kChannels;
-    }
-    if (load.constants) {
-      if (x.c == 1)
-        for (int64_t i = 0; i < w.in; ++i) copy_line(src + i * step, it.lines + i * kChannels, first_lanes(some));
-      activate_lines(load, b, some, w.in, it.lines);
       src = it.lines, step = kChannels;
     }
     for (int64_t q = 0; q < w.kernel; ++q)
@@ -152,7 +145,7 @@ inline void pack_x_row(const Item& it, const View<bfloat16>& x, const Load<bfloa
 }
 
 // The slices of x that this slab reads and the ring does not hold.
-inline void pack_x(Item& it, const View<bfloat16>& x, int64_t n, int64_t c0, int64_t channels) {
+inline void pack_x(Item& it, const Joined<bfloat16>& x, int64_t n, int64_t c0, int64_t channels) {
   const Plan& p = *it.p;
   const Window& to = it.steps;
   int64_t extent = dense_extent(p.axis[kD], it.tile[kD].n);
@@ -164,8 +157,10 @@ inline void pack_x(Item& it, const View<bfloat16>& x, int64_t n, int64_t c0, int
       int64_t ih = it.rows_of_x.index[h];
       bfloat16* row = it.x + (slot * to.slice + h * to.row) * kChannels;
       if (id >= 0 && id < p.axis[kD].in && ih >= 0) {
-        pack_x_row(it, x, load_of(x, n, c0), x.data + n * x.n + c0 * x.c + id * x.axis[kD] + ih * x.axis[kH], channels,
-                   row);
+        for_parts(x, c0, channels, [&](const View<bfloat16>& part, int64_t at_c, int64_t some, int64_t from) {
+          const bfloat16* src = part.data + n * part.n + at_c * part.c + id * part.axis[kD] + ih * part.axis[kH];
+          pack_x_row(it, part, src, some, row + from * to.block);
+        });
         continue;
       }
       for (int64_t b = 0; b < to.blocks; ++b)
@@ -262,7 +257,7 @@ inline int64_t thread_bytes(const Plan& p) {
 
 inline int64_t panel_elements(const Plan& p) { return p.k_blocks * p.c_blocks * p.taps * kPanel; }
 
-inline void add_piece(const Plan& p, const View<bfloat16>& x, const View<bfloat16>& y, int64_t item, float* panels,
+inline void add_piece(const Plan& p, const Joined<bfloat16>& x, const View<bfloat16>& y, int64_t item, float* panels,
                       char* mine) {
   TileState state;
   int64_t cc = item % p.c_chunks, kc = item / p.c_chunks % p.k_chunks, part = item / p.c_chunks / p.k_chunks;
@@ -335,7 +330,8 @@ inline int team(const Plan& p, int threads) {
 
 inline void weight_grad(const ConvCall& call) {
   Plan p = make_plan(call.g);
-  View<bfloat16> x = view_x<bfloat16>(call), y = view_y<bfloat16>(call);
+  Joined<bfloat16> x = join_x<bfloat16>(call);
+  View<bfloat16> y = view_y<bfloat16>(call);
   char* scratch = static_cast<char*>(call.scratch);
   float* panels = take<float>(scratch, p.pieces * panel_elements(p));
   float* sums = take<float>(scratch, call.threads * p.taps * 32);

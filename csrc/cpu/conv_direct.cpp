@@ -180,15 +180,16 @@ void run_block(const Item<A>& it, const A* panel, const A* bias, int vectors, in
 }
 
 template <class S, class A>
-void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, const Slots& slots,
+void correlate(const Plan& p, const Joined<S>& x, const S* w, const S* b, const Joined<S>& y, const Slots& slots,
                char* scratch, int threads) {
   ChannelBlocks<A> blocks(p.K);
   A* panel = take<A>(scratch, p.panel);
   pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.channel_block}, blocks, w, panel, threads);
   constexpr bool same = std::is_same<S, A>::value;
-  bool direct = same && y.c == 1;  // sums go straight to the output
-  bool large = direct && !slots.data && p.C <= p.channel_block && p.N * y.n * int64_t(sizeof(S)) >= kStreamBytes;
-  bool aligned_rows = y.axis[kW] % kLanes<A> == 0 && p.K % kLanes<A> == 0 && streamable(y.data);
+  const View<S>& y0 = y.part[0];
+  bool direct = same && y.one() && y.last();  // sums go straight to the output
+  bool large = direct && !slots.data && p.C <= p.channel_block && p.N * y0.n * int64_t(sizeof(S)) >= kStreamBytes;
+  bool aligned_rows = y0.axis[kW] % kLanes<A> == 0 && p.K % kLanes<A> == 0 && streamable(y0.data);
   int64_t chunks = ceil_div(blocks.count, p.blocks_per_item), width = p.blocks_per_item * blocks.width;
   int64_t per_thread = aligned(p.window * sizeof(A)) + aligned(p.out_tile * sizeof(A)) + aligned(width * sizeof(A));
   for (int a = 0; a < kAxes; ++a) per_thread += aligned(p.index[a] * 8);
@@ -218,19 +219,19 @@ void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const Vi
     int64_t sw = p.axis[kW].tile * p.axis[kW].phases, sh = p.axis[kH].tile * p.axis[kH].phases;
     it.target = {out_tile, {sh * sw * width, sw * width, width}};
     if constexpr (same) {
-      if (direct) it.target = target_in(y, box, n, group * p.K + k0);
+      if (direct) it.target = target_in(y0, box, n, group * p.K + k0);
     }
-    bool in_place = same && x.c == 1 && !x.load.constants && lies_in_x(it.packed);
+    bool in_place = same && x.one() && x.last() && lies_in_x(it.packed);
     it.ahead = in_place && blocks.count == 1 && p.taps == 1;
     for (int64_t c = 0; c < p.C; c += p.channel_block) {
       it.channels = min(p.channel_block, p.C - c);
       if constexpr (same) {
-        if (in_place) it.window = window_in(x, n, group * p.C + c, it.packed);
+        if (in_place) it.window = window_in(x.part[0], n, group * p.C + c, it.packed);
       }
       if (!in_place) pack_window(x, n, group * p.C + c, it.packed, it.channels, window);
-      it.x_axis[kW] = in_place ? x.axis[kW] : it.channels;
-      it.x_axis[kH] = in_place ? x.axis[kH] : it.packed[kW].extent * it.x_axis[kW];
-      it.x_axis[kD] = in_place ? x.axis[kD] : it.packed[kH].extent * it.x_axis[kH];
+      it.x_axis[kW] = in_place ? x.part[0].axis[kW] : it.channels;
+      it.x_axis[kH] = in_place ? x.part[0].axis[kH] : it.packed[kW].extent * it.x_axis[kW];
+      it.x_axis[kD] = in_place ? x.part[0].axis[kD] : it.packed[kH].extent * it.x_axis[kH];
       for (int64_t kb = first; kb < last; ++kb) {
         const A* weights =
             panel + (group * blocks.padded() + kb * blocks.width) * p.C * p.taps + c * p.taps * blocks.padded_width(kb);
@@ -258,7 +259,7 @@ inline int64_t slot_count(const Plan& p) { return p.tiles[kD] * p.tiles[kH] * p.
 
 template <class S>
 int64_t slots(const ConvGeometry& g) {
-  ConvGeometry flat = flattened({g, 0, 0, 0, 0, 0, 0}).g;
+  ConvGeometry flat = flattened({g, {}, 0, 0, 0, 0, 0}).g;
   return flat.N == g.N ? slot_count(make_plan<Compute<S>>(flat, false))
                        : 0;  // an item may hold parts of several images
 }
@@ -267,8 +268,8 @@ template <class S>
 void forward(const ConvCall& shaped) {
   ConvCall call = flattened(shaped);
   Plan p = make_plan<Compute<S>>(call.g, false);
-  correlate<S, Compute<S>>(p, view_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_y<S>(call), {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
+  correlate<S, Compute<S>>(p, join_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
+                           join_y<S>(call), {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
                            team(call.g, call.threads));
 }
 
@@ -276,14 +277,14 @@ template <class S>
 void input_grad(const ConvCall& shaped) {
   ConvCall call = flattened(shaped);
   Plan p = make_plan<Compute<S>>(call.g, true);
-  correlate<S, Compute<S>>(p, view_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_x<S>(call), {nullptr, 1, 0}, static_cast<char*>(call.scratch),
+  correlate<S, Compute<S>>(p, join_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
+                           join_x<S>(call), {nullptr, 1, 0}, static_cast<char*>(call.scratch),
                            team(call.g, call.threads));
 }
 
 template <class S, bool transposed>
 int64_t correlate_scratch(const ConvGeometry& g, int threads) {
-  return scratch_bytes<Compute<S>>(make_plan<Compute<S>>(flattened({g, 0, 0, 0, 0, 0, 0}).g, transposed), threads);
+  return scratch_bytes<Compute<S>>(make_plan<Compute<S>>(flattened({g, {}, 0, 0, 0, 0, 0}).g, transposed), threads);
 }
 
 template <class S>

@@ -17,21 +17,11 @@ constexpr int64_t kPassPixels = 112;        // that a pass goes over: a few regi
 constexpr int64_t kBlockProducts = 384;     // of a block of input channels with the taps of the H, W plane
 constexpr int64_t kMinItems = 64;           // cut work at least this fine, for machines of 32 threads
 
-// What is done to x where it is read, but not to the zeros around it: act((x - m) a + b), rounded as x is stored.
-// constants: [N][m, a, b, slope][C]; nullptr: nothing.
-template <class S>
-struct Load {
-  const Compute<S>* constants = nullptr;
-  int64_t C = 0;
-  bool relu = false;  // instead of the slope: -inf becomes 0
-};
-
 // Steps, in elements, of a tensor [N, C, D, H, W] in either layout.
 template <class S>
 struct View {
   S* data;
   int64_t n, c, axis[kAxes];
-  Load<S> load = {};
 };
 
 template <class S>
@@ -43,14 +33,49 @@ inline View<S> view(void* data, int64_t C, int64_t D, int64_t H, int64_t W, bool
 template <class S>
 inline View<S> view_x(const ConvCall& call) {
   const ConvAxis* a = call.g.axis;
-  View<S> x = view<S>(call.x, call.g.C, a[kD].in, a[kH].in, a[kW].in, call.g.x_last);
-  if (call.load) x.load = {static_cast<const Compute<S>*>(call.load->constants), call.g.C, call.load->relu};
-  return x;
+  return view<S>(call.x[0], call.g.C, a[kD].in, a[kH].in, a[kW].in, call.g.x_last);
 }
 template <class S>
 inline View<S> view_y(const ConvCall& call) {
   const ConvAxis* a = call.g.axis;
   return view<S>(call.y, call.g.K, a[kD].out, a[kH].out, a[kW].out, call.g.y_last);
+}
+
+// A tensor whose channels lie in several, side by side, or in one: a convolution reads and writes the parts of a
+// concatenation where they are.
+template <class S>
+struct Joined {
+  View<S> part[kMostParts];
+  int64_t end[kMostParts];  // channels up to that of each part
+  int count;
+
+  bool one() const { return count == 1; }
+  bool last() const { return part[0].c == 1; }
+};
+
+template <class S>
+inline Joined<S> join_x(const ConvCall& call) {
+  const ConvAxis* a = call.g.axis;
+  Joined<S> x{};
+  for (int64_t end = 0; x.count < kMostParts && call.g.parts[x.count]; ++x.count) {
+    int64_t channels = call.g.parts[x.count];
+    x.part[x.count] = view<S>(call.x[x.count], channels, a[kD].in, a[kH].in, a[kW].in, call.g.x_last);
+    x.end[x.count] = end += channels;
+  }
+  return x;
+}
+template <class S>
+inline Joined<S> join_y(const ConvCall& call) {
+  return {{view_y<S>(call)}, {call.g.K}, 1};
+}
+
+// f(part, its channel, how many, where they begin among the `channels` from c on), of each part that has some of them.
+template <class S, class F>
+inline void for_parts(const Joined<S>& x, int64_t c, int64_t channels, const F& f) {
+  for (int i = 0; i < x.count; ++i) {
+    int64_t first = i ? x.end[i - 1] : 0, begin = max(c, first), end = min(c + channels, x.end[i]);
+    if (begin < end) f(x.part[i], begin - first, end - begin, begin - c);
+  }
 }
 
 // A 1x1x1 convolution knows no axes: the voxels of an image, of all images where both tensors are channels-last, are
@@ -88,96 +113,52 @@ inline V as_stored(V v) {
   else return v;
 }
 
-// The constants of one image's channels from c on, a line for each kind.
-template <class S>
-inline Load<S> load_of(const View<S>& x, int64_t n, int64_t c) {
-  Load<S> load = x.load;
-  if (load.constants) load.constants += n * 4 * load.C + c;
-  return load;
+template <class A>
+inline void zero_pixels(A* p, int64_t pixels, int64_t channels, int64_t step) {
+  if (channels == step) return zero(p, pixels * channels);
+  for (int64_t i = 0; i < pixels; ++i) zero(p + i * step, channels);
 }
 
-// V vectors of channels of `pixels` pixels; n lanes of the last vector. The operations are those of norm_act_tile.h:
-// same bits.
-template <bool relu, int V, class S, class R, class T>
-__attribute__((noinline)) void activate_vectors(const Load<S>& load, const R* src, int64_t src_step, T* dst,
-                                                int64_t dst_step, int64_t pixels, int n) {
-  typedef Compute<S> A;
-  constexpr int L = kLanes<A>;
-  const Vec<A> zero{};
-  Vec<A> k[4][V];
-  for (int i = 0; i < 4; ++i)
-    for (int v = 0; v < V; ++v) {
-      const A* at = load.constants + i * load.C + v * L;
-      k[i][v] = n == L ? convoxel::load(at) : convoxel::load(at, n);
-    }
-  auto value = [&](Vec<A> x, int v) {
-    Vec<A> z = (x - k[0][v]) * k[1][v] + k[2][v];
-    if constexpr (relu) return as_stored<S>(z <= zero ? zero : z);
-    else return as_stored<S>(z > zero ? z : z * k[3][v]);
-  };
-  for (int64_t i = 0; i < pixels; ++i, src += src_step, dst += dst_step)
-    for (int v = 0; v < V; ++v)
-      if (V > 1 || n == L) store(dst + v * L, value(convoxel::load(src + v * L), v));
-      else store(dst, value(convoxel::load(src, n), v), n);
-}
-
-// Pixels of `channels` channels; src may be dst.
-template <class S, class R, class T>
-inline void activate(Load<S> load, const R* src, int64_t src_step, T* dst, int64_t dst_step, int64_t pixels,
-                     int64_t channels) {
-  constexpr int64_t L = kLanes<Compute<S>>;
-  for (int64_t c = 0; c < channels;) {
-    bool two = channels - c >= 2 * L;
-    int n = int(min(L, channels - c));
-    auto run = [&](auto relu) {
-      if (two) activate_vectors<relu(), 2>(load, src + c, src_step, dst + c, dst_step, pixels, n);
-      else activate_vectors<relu(), 1>(load, src + c, src_step, dst + c, dst_step, pixels, n);
-    };
-    if (load.relu) run(std::true_type{});
-    else run(std::false_type{});
-    c += two ? 2 * L : n, load.constants += two ? 2 * L : n;
-  }
-}
-
-// One row along W: tile [extent, channels] from x at `row`.
+// One row along W: `channels` channels of tile [extent], `step` from one position to the next, from x at `row`.
 template <class S, class A>
-inline void pack_row(const S* row, const View<S>& x, const PackedAxis& w, const Load<S>& load, int64_t channels,
-                     A* tile) {
+inline void pack_row(const S* row, const View<S>& x, const PackedAxis& w, int64_t channels, A* tile, int64_t step) {
   if (!w.dense) {
-    for (int64_t i = 0; i < w.extent; ++i, tile += channels) {
+    for (int64_t i = 0; i < w.extent; ++i, tile += step) {
       if (w.index[i] < 0) zero(tile, channels);
       else if (x.c == 1) convert(row + w.index[i] * x.axis[kW], tile, channels);
       else
         for (int64_t c = 0; c < channels; ++c) tile[c] = to_compute(row[w.index[i] * x.axis[kW] + c * x.c]);
-      if (load.constants && w.index[i] >= 0) activate(load, tile, channels, tile, channels, 1, channels);
     }
     return;
   }
   int64_t left = min(w.extent, max<int64_t>(0, -w.first));
   int64_t run = max<int64_t>(0, min(w.extent, w.size - w.first) - left);
-  zero(tile, left * channels);
+  zero_pixels(tile, left, channels, step);
   const S* src = row + (w.first + left) * x.axis[kW];
-  A* dst = tile + left * channels;
-  if (load.constants && x.c == 1) activate(load, src, x.axis[kW], dst, channels, run, channels);
-  else if (x.c != 1) transpose(src, x.c, dst, channels, channels, run);
-  else if (x.axis[kW] == channels) convert(src, dst, run * channels);
+  A* dst = tile + left * step;
+  if (x.c != 1) transpose(src, x.c, dst, step, channels, run);
+  else if (x.axis[kW] == channels && step == channels) convert(src, dst, run * channels);
   else
-    for (int64_t i = 0; i < run; ++i) convert(src + i * x.axis[kW], dst + i * channels, channels);
-  zero(dst + run * channels, (w.extent - left - run) * channels);
-  if (load.constants && x.c != 1) activate(load, dst, channels, dst, channels, run, channels);
+    for (int64_t i = 0; i < run; ++i) convert(src + i * x.axis[kW], dst + i * step, channels);
+  zero_pixels(dst + run * step, w.extent - left - run, channels, step);
 }
 
 // tile [D, H, W, channels] of the packed extents, from x at image n and its first channel c.
 template <class S, class A>
-inline void pack_window(const View<S>& x, int64_t n, int64_t c, const PackedAxis* p, int64_t channels, A* tile) {
-  int64_t row = p[kW].extent * channels;
-  const Load<S> load = load_of(x, n, c);
-  for (int64_t d = 0; d < p[kD].extent; ++d)
-    for (int64_t h = 0; h < p[kH].extent; ++h, tile += row) {
-      int64_t id = p[kD].index[d], ih = p[kH].index[h];
-      if (id < 0 || ih < 0) zero(tile, row);
-      else pack_row(x.data + n * x.n + c * x.c + id * x.axis[kD] + ih * x.axis[kH], x, p[kW], load, channels, tile);
-    }
+inline void pack_window(const Joined<S>& x, int64_t n, int64_t c, const PackedAxis* p, int64_t channels, A* tile) {
+  for_parts(x, c, channels, [&](const View<S>& part, int64_t at, int64_t some, int64_t from) {
+    A* row = tile + from;
+    for (int64_t d = 0; d < p[kD].extent; ++d)
+      for (int64_t h = 0; h < p[kH].extent; ++h, row += p[kW].extent * channels) {
+        int64_t id = p[kD].index[d], ih = p[kH].index[h];
+        if (id < 0 || ih < 0) {
+          zero_pixels(row, p[kW].extent, some, channels);
+          continue;
+        }
+        const S* from_x = part.data + n * part.n + at * part.c + id * part.axis[kD] + ih * part.axis[kH];
+        pack_row(from_x, part, p[kW], some, row, channels);
+      }
+  });
 }
 
 // Whether a window is a part of a channels-last x as it lies, and where that begins.
@@ -279,6 +260,12 @@ void flush(const Target<A>& tile, const View<S>& y, const Box& box, int64_t n, i
       else
         for (int64_t i = 0; i < box.size[kW]; ++i) convert(src + i * tile.axis[kW], dst + i * y.axis[kW], channels);
     }
+}
+template <class S, class A>
+void flush(const Target<A>& tile, const Joined<S>& y, const Box& box, int64_t n, int64_t k, int64_t channels) {
+  for_parts(y, k, channels, [&](const View<S>& part, int64_t at, int64_t some, int64_t from) {
+    flush(Target<A>{tile.data + from, {tile.axis[kD], tile.axis[kH], tile.axis[kW]}}, part, box, n, at, some);
+  });
 }
 
 }  // namespace

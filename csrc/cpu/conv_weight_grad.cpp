@@ -106,10 +106,11 @@ Rows<A> pack_dy(const View<S>& y, int64_t n, int64_t k, int64_t channels, int64_
 }
 
 template <class S, class A>
-Rows<A> pack_x(const View<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* packed, A* window) {
+Rows<A> pack_x(const Joined<S>& x, int64_t n, int64_t c, int64_t channels, const PackedAxis* packed, A* window) {
   if constexpr (std::is_same<S, A>::value) {
-    if (x.c == 1 && !x.load.constants && lies_in_x(packed))
-      return {window_in(x, n, c, packed), {x.axis[kD], x.axis[kH], x.axis[kW]}};
+    const int64_t* axis = x.part[0].axis;
+    if (x.one() && x.last() && lies_in_x(packed))
+      return {window_in(x.part[0], n, c, packed), {axis[kD], axis[kH], axis[kW]}};
   }
   pack_window(x, n, c, packed, channels, window);
   int64_t row = packed[kW].extent * channels;
@@ -160,7 +161,8 @@ void weight_grad(const ConvCall& shaped) {
   typedef Compute<S> A;
   Plan p = make_plan<A>(call.g);
   ChannelBlocks<A> blocks(p.K);
-  View<S> x = view_x<S>(call), y = view_y<S>(call);
+  Joined<S> x = join_x<S>(call);
+  View<S> y = view_y<S>(call);
   char* scratch = static_cast<char*>(call.scratch);
   A* panels = take<A>(scratch, p.pieces * p.panel);
   int64_t per_thread = thread_bytes<A>(p);
@@ -198,7 +200,7 @@ void weight_grad(const ConvCall& shaped) {
 template <class S>
 int64_t weight_grad_scratch(const ConvGeometry& g, int threads) {
   typedef Compute<S> A;
-  Plan p = make_plan<A>(flattened({g, 0, 0, 0, 0, 0, 0}).g);
+  Plan p = make_plan<A>(flattened({g, {}, 0, 0, 0, 0, 0}).g);
   return aligned(p.pieces * p.panel * sizeof(A)) + thread_bytes<A>(p) * threads;
 }
 

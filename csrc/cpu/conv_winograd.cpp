@@ -211,10 +211,10 @@ void transform_output(const Plan& p, const Work<S, A>& at, const A* M, int64_t m
 
 // One block of output channels of a region; U: or the packed weights.
 template <class S, class A>
-void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U, const S* b, const View<S>& y,
+void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U, const S* b, const Joined<S>& y,
                   const Slots& slots, const Scratch<A>& s) {
   constexpr bool same = std::is_same<S, A>::value;
-  bool direct = same && y.c == 1;
+  bool direct = same && y.last();
   ChannelBlocks<A> blocks(p.K, p.block_vectors);
   int64_t k = work.group * p.K + kb * blocks.width, width = blocks.padded_width(kb), used = blocks.used(kb);
   int64_t points = p.weights_first ? p.taps : p.points_d * p.points_hw;
@@ -226,18 +226,21 @@ void output_block(const Plan& p, const Work<S, A>& work, int64_t kb, const A* U,
     else by_regions<S, A, v()>(p, work, U, bias, s, m_step);
   });
   int64_t row = work.box.size[kW] * width;
-  Target<A> target{s.out_tile, {work.box.size[kH] * row, row, width}};
-  if constexpr (same) {
-    if (direct) target = target_in(y, work.box, work.x.n, k);
-  }
-  if (slots.data) {
-    BlockSums<S> sums;
-    transform_output(p, work, s.M, m_step, width, direct ? used : width, target, &sums);
-    sums.write(slots, work.x.n, work.slot, k, used);
-  } else {
-    transform_output<S>(p, work, s.M, m_step, width, direct ? used : width, target, nullptr);
-  }
-  if (!direct) flush(target, y, work.box, work.x.n, k, used);
+  for_parts(y, k, used, [&](const View<S>& part, int64_t at, int64_t channels, int64_t from) {
+    Target<A> target{s.out_tile, {work.box.size[kH] * row, row, width}};
+    if constexpr (same) {
+      if (direct) target = target_in(part, work.box, work.x.n, at);
+    }
+    int64_t all = direct ? channels : round_up(channels, kLanes<A>);
+    if (slots.data) {
+      BlockSums<S> sums;
+      transform_output(p, work, s.M + from, m_step, width, all, target, &sums);
+      sums.write(slots, work.x.n, work.slot, k + from, channels);
+    } else {
+      transform_output<S>(p, work, s.M + from, m_step, width, all, target, nullptr);
+    }
+    if (!direct) flush(target, part, work.box, work.x.n, at, channels);
+  });
 }
 
 template <class A>
@@ -268,8 +271,8 @@ Scratch<A> take_scratch(const Plan& p, char*& mine) {
 }
 
 template <class S, class A>
-void regions_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, const Slots& slots,
-                   char* scratch, int threads) {
+void regions_first(const Plan& p, const Joined<S>& x, const A* panel, const S* b, const Joined<S>& y,
+                   const Slots& slots, char* scratch, int threads) {
   A* U = take<A>(scratch, p.transformed);
   transform_weights(p, panel, U, threads);
   int64_t per_thread = thread_bytes<A>(p);
@@ -288,8 +291,8 @@ void regions_first(const Plan& p, const View<S>& x, const A* panel, const S* b, 
 }
 
 template <class S, class A>
-void weights_first(const Plan& p, const View<S>& x, const A* panel, const S* b, const View<S>& y, const Slots& slots,
-                   char* scratch, int threads) {
+void weights_first(const Plan& p, const Joined<S>& x, const A* panel, const S* b, const Joined<S>& y,
+                   const Slots& slots, char* scratch, int threads) {
   Work<S, A> works[kBatch];
   for (int64_t i = 0; i < p.batch; ++i) {
     works[i] = {{}, {x, 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)}, {}, 0, 0, 0, nullptr};
@@ -325,7 +328,7 @@ void weights_first(const Plan& p, const View<S>& x, const A* panel, const S* b, 
 }
 
 template <class S, class A>
-void correlate(const Plan& p, const View<S>& x, const S* w, const S* b, const View<S>& y, const Slots& slots,
+void correlate(const Plan& p, const Joined<S>& x, const S* w, const S* b, const Joined<S>& y, const Slots& slots,
                char* scratch, int threads) {
   A* panel = take<A>(scratch, p.panel);
   pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.C}, ChannelBlocks<A>(p.K, p.block_vectors), w, panel,
@@ -349,16 +352,16 @@ int64_t slots(const ConvGeometry& g) {
 template <class S>
 void forward(const ConvCall& call) {
   Plan p = make_plan<Compute<S>>(call.g, false);
-  correlate<S, Compute<S>>(p, view_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_y<S>(call), {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
+  correlate<S, Compute<S>>(p, join_x<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
+                           join_y<S>(call), {call.moments, slot_count(p), call.g.K}, static_cast<char*>(call.scratch),
                            team(call.g, call.threads));
 }
 
 template <class S>
 void input_grad(const ConvCall& call) {
   Plan p = make_plan<Compute<S>>(call.g, true);
-  correlate<S, Compute<S>>(p, view_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
-                           view_x<S>(call), {}, static_cast<char*>(call.scratch), team(call.g, call.threads));
+  correlate<S, Compute<S>>(p, join_y<S>(call), static_cast<const S*>(call.w), static_cast<const S*>(call.b),
+                           join_x<S>(call), {}, static_cast<char*>(call.scratch), team(call.g, call.threads));
 }
 
 template <class S, bool transposed>

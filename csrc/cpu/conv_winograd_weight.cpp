@@ -167,8 +167,8 @@ struct Sides {
 template <class S, class A>
 Sides<S, A> take_sides(const Plan& p, const ConvCall& call, char*& scratch) {
   Sides<S, A> s{{},
-                {view_x<S>(call), 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)},
-                {view_y<S>(call), 0, 0, p.K, {}, p.k_stride, 0, 0, take<A>(scratch, p.W)}};
+                {join_x<S>(call), 0, 0, p.C, {}, p.c_stride, 0, 0, take<A>(scratch, p.V)},
+                {join_y<S>(call), 0, 0, p.K, {}, p.k_stride, 0, 0, take<A>(scratch, p.W)}};
   for (int a = 0; a < kAxes; ++a) {
     s.x.packed[a].index = take<int64_t>(scratch, p.index[a]);
     s.dy.packed[a].index = take<int64_t>(scratch, p.index[a]);

@@ -82,27 +82,9 @@ bool combine(const MomentsCall& call) {
   return all;
 }
 
-// What ConvLoad reads, as norm_act.cpp computes it.
-template <class S>
-void constants(const NormActCall& call) {
-  typedef Compute<S> A;
-  const Groups g = make_groups(call);
-  const A *w = static_cast<const A*>(call.w), *b = static_cast<const A*>(call.b);
-  const A* slopes = static_cast<const A*>(call.slopes);
-  for (int64_t n = 0; n < call.N; ++n)
-    for (int64_t c = 0; c < call.C; ++c) {
-      A* to = static_cast<A*>(call.y) + n * 4 * call.C + c;
-      int64_t s = mean_of(g, call.over_batch ? 0 : n, c);
-      double a = rstd(call, s) * (w ? double(w[c]) : 1);
-      Split<A> m = split<A>(call.mean[s]);
-      to[0] = m.high, to[call.C] = A(a), to[2 * call.C] = A((b ? double(b[c]) : 0) - m.low * a);
-      to[3 * call.C] = slopes ? slopes[c] : A(call.alpha);
-    }
-}
-
 template <class S>
 constexpr Moments entries() {
-  return {gather<S>, of_image<S>, scratch<S>, combine, constants<S>};
+  return {gather<S>, of_image<S>, scratch<S>, combine};
 }
 
 }  // namespace

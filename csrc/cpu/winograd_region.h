@@ -61,7 +61,7 @@ inline Region make_region(const Tiling& p, int64_t at) {
 // x or dy of a region: what is packed, and where its transform goes.
 template <class S, class A>
 struct Side {
-  View<S> from;
+  Joined<S> from;
   int64_t n, c0, channels;
   PackedAxis packed[kAxes];
   int64_t stride, slice, step;  // elements of a tile, of a plane, of a point

@@ -11,56 +11,31 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def fma_peak(rounds: int, threads: int) -> float: ...
 def conv_forward(
-    dtype: int, geometry: Sequence[int], x: int, w: int, b: int, y: int, scratch: int, threads: int
+    dtype: int, geometry: Sequence[int], x: Sequence[int], w: int, b: int, y: int, scratch: int, threads: int
 ) -> None: ...
 def conv_forward_scratch(dtype: int, geometry: Sequence[int], threads: int) -> int: ...
 def conv_input_grad(
-    dtype: int, geometry: Sequence[int], x: int, w: int, b: int, y: int, scratch: int, threads: int
+    dtype: int, geometry: Sequence[int], x: Sequence[int], w: int, b: int, y: int, scratch: int, threads: int
 ) -> None: ...
 def conv_input_grad_scratch(dtype: int, geometry: Sequence[int], threads: int) -> int: ...
 def conv_weight_grad(
-    dtype: int, geometry: Sequence[int], x: int, w: int, b: int, y: int, scratch: int, threads: int
+    dtype: int, geometry: Sequence[int], x: Sequence[int], w: int, b: int, y: int, scratch: int, threads: int
 ) -> None: ...
 def conv_weight_grad_scratch(dtype: int, geometry: Sequence[int], threads: int) -> int: ...
-def conv_forward_block(
+def conv_forward_moments(
     dtype: int,
     geometry: Sequence[int],
-    x: int,
+    x: Sequence[int],
     w: int,
     b: int,
     y: int,
-    constants: int,
-    relu: bool,
     moments: int,
     scratch: int,
     threads: int,
 ) -> None: ...
-def conv_weight_grad_block(
-    dtype: int,
-    geometry: Sequence[int],
-    x: int,
-    w: int,
-    y: int,
-    constants: int,
-    relu: bool,
-    scratch: int,
-    threads: int,
-) -> None: ...
-def load_constants(
-    dtype: int,
-    numbers: Sequence[int],
-    eps: float,
-    alpha: float,
-    w: int,
-    b: int,
-    slopes: int,
-    mean: int,
-    var: int,
-    constants: int,
-) -> None: ...
 def conv_forward_slots(dtype: int, geometry: Sequence[int]) -> int: ...
 def conv_bias_grad(
-    dtype: int, geometry: Sequence[int], x: int, w: int, b: int, y: int, scratch: int, threads: int
+    dtype: int, geometry: Sequence[int], x: Sequence[int], w: int, b: int, y: int, scratch: int, threads: int
 ) -> None: ...
 def conv_bias_grad_scratch(dtype: int, geometry: Sequence[int], threads: int) -> int: ...
 

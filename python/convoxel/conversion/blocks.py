@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
+from ..geometry import lift
 from ..ops import convolution as _conv
 from ..ops import norm as _norm
 from ..ops.conv_block import conv_moments
-from ..ops.library import autocast, autocasts, why_not
+from ..ops.joined import Parts, conv_joined
+from ..ops.library import autocast, autocasts, from_3d, to_3d, why_not
 from ..ops.norm_act import KINDS, Act, norm_act
 
 Norm = ours._BatchNorm | ours._InstanceNorm | ours.GroupNorm
@@ -72,29 +74,72 @@ def act_of(layer: Any) -> Act | None:
     return act if act.kind in KINDS else None
 
 
-def group(x: Tensor, links: Sequence[Any], at: int) -> tuple[Tensor, int] | None:
-    """Runs the group that begins with links[at] on x (N, C, *): its value and the first link after it. None where
-    no group begins."""
-    conv, moments = None, None
+def joins(parts: Parts, link: Any) -> bool:
+    """Whether this layer is a convolution that reads the parts of a concatenation where they are."""
+    conv, xs = link.layer, parts.tensors
+    if (
+        link.kind != "conv"
+        or conv.groups > 1
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+    ):
+        return False
+    fits = xs[0].dim() == conv.weight.dim() and sum(x.shape[1] for x in xs) == conv.in_channels
+    same = xs[0].dtype == conv.weight.dtype or autocasts(xs[0].device)
+    return fits and same and why_not(*xs, conv.weight, conv.bias) is None
+
+
+class Convolved(NamedTuple):
+    """A convolution's result on its way to the norm behind it, so that nobody holds what it was made of meanwhile: its
+    mean and variance, the layer, what it ran as."""
+
+    y: Tensor
+    moments: tuple[Tensor, Tensor]
+    conv: Any
+    words: list[str]
+
+
+def group(x: Tensor | Parts | Convolved, links: Sequence[Any], at: int) -> tuple[Any, int] | None:
+    """Runs what goes together from links[at] on, on x (N, C, *): its value and the first link after it. None where
+    no group begins. Parts are for a convolution that `joins` them; a value that is Convolved is for the norm
+    links[at] of the same group."""
+    if isinstance(x, Convolved):
+        return _block(x.y, x.words, links, at, x.conv, x.moments)
     if links[at].kind == "conv":
-        conv, at = links[at].layer, _next(links, at + 1)
-    if at == len(links) or links[at].kind != "norm":
+        return _convolution(x, links, at)
+    if links[at].kind != "norm" or isinstance(x, Parts):
         return None
-    if conv is not None:
-        if _folds(conv, links[at].layer):
-            _remember(["conv", "norm (folded)"], conv, links[at].layer)
-            return _folded(conv, links[at].layer, x), at + 1
-        share = _share(links[at].layer)
-        if share is None or not _convolves(conv, links[at].layer, x):
-            return conv(x), at
-        x, moments = _with_moments(conv, x, *share)
+    norm, residual, act, layers, _ = _tail(links, at)
+    if len(layers) == 1 and residual is None or not _fits(norm, x, residual, act):
+        return None
+    return _block(x, [], links, at)
+
+
+def _convolution(x: Tensor | Parts, links: Sequence[Any], at: int) -> tuple[Tensor | Convolved, int]:
+    """A group that begins with a convolution, if only of that."""
+    conv, at = links[at].layer, _next(links, at + 1)
+    norm = links[at].layer if at < len(links) and links[at].kind == "norm" else None
+    words = ["concatenation", "conv"] if isinstance(x, Parts) else ["conv"]
+    if norm is not None and _folds(conv, norm):
+        _remember([*words, "norm (folded)"], conv, norm)
+        return _folded(conv, norm, x), at + 1
+    share = None if norm is None else _share(norm)
+    if share is None or not _normalises(norm, conv, x):
+        if isinstance(x, Parts):
+            _remember(words, conv)
+        return _convolved(conv, x, conv.weight, conv.bias)[0], at
+    y, moments = _with_moments(conv, x, *share)
+    norm, residual, act, *_ = _tail(links, at)
+    return (Convolved(y, moments, conv, words) if _fits(norm, y, residual, act) else y), at
+
+
+def _block(
+    x: Tensor, words: list[str], links: Sequence[Any], at: int, conv: Any = None, moments: Any = None
+) -> tuple[Tensor, int]:
+    """x through the norm links[at] and what goes with it; words: what conv made x of."""
     norm, residual, act, layers, end = _tail(links, at)
-    if conv is None and len(layers) == 1 and residual is None:
-        return None
-    if not _fits(norm, x, residual, act):
-        return None if conv is None else (x, at)
-    words = ["conv"] * (conv is not None) + ["norm"] + ["residual"] * (residual is not None)
-    _remember([*words, *([act.kind] if act else [])], conv, *layers)
+    words = [*words, "norm", *["residual"] * (residual is not None), *([act.kind] if act else [])]
+    _remember(words, conv, *layers)
     return _normalised(norm, x, act or Act("identity"), residual, moments), end
 
 
@@ -144,37 +189,50 @@ def _share(norm: Any) -> tuple[int, bool] | None:
     return None if fixed else (norm.num_features, batch)
 
 
-def _convolves(conv: Any, norm: Any, x: Tensor) -> bool:
+def _normalises(norm: Any, conv: Any, x: Tensor | Parts) -> bool:
     """Whether `conv_moments` takes these, and the norm what comes out."""
     channels = norm.num_channels if isinstance(norm, ours.GroupNorm) else norm.num_features
+    if isinstance(x, Parts):
+        return conv.out_channels == channels
     fits = x.dim() == conv.weight.dim() and x.numel() > 0 and conv.out_channels == channels
     same = x.dtype == conv.weight.dtype or autocasts(x.device)
     return fits and same and why_not(x, conv.weight, conv.bias) is None
 
 
 def _with_moments(
-    conv: Any, x: Tensor, groups: int, over_batch: bool
+    conv: Any, x: Tensor | Parts, groups: int, over_batch: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """conv(x), and its mean and variance. Where a norm takes each channel's own mean away, a bias changes nothing
     behind it: its gradient is zero, and is not summed up."""
-    x, w, b = cast(tuple[Tensor, Tensor, Tensor | None], autocast(x, conv.weight, conv.bias))
-    x, padding = ours._padded(conv, x)
+    b = conv.bias
     counts = (
         b is not None and b.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     )
     centred = counts and groups == conv.out_channels
-    found = []
+    y, moments = _convolved(conv, x, conv.weight, b.detach() if centred else b, (groups, over_batch))
+    return (_WithoutEffect.apply(y, b) if centred else y), moments
+
+
+def _convolved(conv: Any, x: Tensor | Parts, w: Tensor, b: Tensor | None, share: Any = None) -> Any:
+    """conv(x) with these weights, and its mean and variance, of `share` (groups, over_batch), if that is given."""
+    if share is None and isinstance(x, Tensor):
+        return conv._conv_forward(x, w, b), None
+    if isinstance(x, Parts):
+        w, b, *xs = cast(list[Any], autocast(w, b, *x.tensors))
+        how = (lift(conv.stride, 1), lift(conv.padding, 0), lift(conv.dilation, 1), *(share or (0, False)))
+        y, *moments = conv_joined([to_3d(t) for t in xs], to_3d(w), b, *how)
+        return from_3d(y, w.dim() - 2, True), moments
+    x, w, b = cast(tuple[Tensor, Tensor, Tensor | None], autocast(x, w, b))
+    x, padding = ours._padded(conv, x)
+    found: list[Tensor] = []
 
     def operator(x: Tensor, w: Tensor, b: Tensor | None, *how: Any) -> Tensor:
-        y, *moments = conv_moments(x, w, b, *how, groups, over_batch)
+        y, *moments = conv_moments(x, w, b, *how, *share)
         found.extend(moments)
         return y
 
     how = (conv.stride, padding, conv.dilation, conv.groups)
-    y = _conv.convolution(
-        w.dim() - 2, x, w, b.detach() if centred and b is not None else b, *how, conv=operator
-    )
-    return (_WithoutEffect.apply(y, b) if centred else y), (found[0], found[1])
+    return _conv.convolution(w.dim() - 2, x, w, b, *how, conv=operator), found
 
 
 class _WithoutEffect(torch.autograd.Function):
@@ -221,7 +279,7 @@ def _folds(conv: Any, norm: Norm) -> bool:
     return conv.weight.shape[0] == norm.num_features and norm.running_var is not None
 
 
-def _folded(conv: Any, norm: Any, x: Tensor) -> Tensor:
+def _folded(conv: Any, norm: Any, x: Tensor | Parts) -> Tensor:
     """norm(conv(x)) with w' = w a and b' = (b - mean) a + beta, a = gamma / sqrt(var + eps), worked out in float64
     in every call: they are never stale."""
     a = (norm.running_var.double() + norm.eps).rsqrt()
@@ -229,4 +287,4 @@ def _folded(conv: Any, norm: Any, x: Tensor) -> Tensor:
     b = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
     b = b * a if norm.bias is None else b * a + norm.bias
     w = conv.weight * a.view(-1, *(1,) * (conv.weight.dim() - 1))
-    return conv._conv_forward(x, w.to(conv.weight.dtype), b.to(conv.weight.dtype))
+    return _convolved(conv, x, w.to(conv.weight.dtype), b.to(conv.weight.dtype))[0]

@@ -16,6 +16,7 @@ import torch.nn.modules.module as _module
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.joined import Parts, parts_of
 from ..ops.norm_act import Act
 from . import blocks
 
@@ -37,7 +38,8 @@ class Link(NamedTuple):
 
 
 class Chain:
-    """x, and the layers that it goes through. It belongs to one name and is forced once."""
+    """x (a tensor, or the parts of a concatenation), and the layers that it goes through. It belongs to one name and is
+    forced once."""
 
     __slots__ = ("links", "x")
 
@@ -72,6 +74,8 @@ def _call_function(function: Any, x: Any, args: tuple[Any, ...], kwargs: dict[st
     if function in ACTIVATIONS:
         alone = partial(_swapped, function, args, kwargs)
         return _extended(x, Link("activation", _act(function, *args, **kwargs), alone))
+    if function is F.cat and (parts := parts_of(x, *args, **kwargs)) is not None:
+        return Chain(parts, [])
     return function(force(x), *args, **kwargs)
 
 
@@ -102,15 +106,23 @@ def force(x: Any) -> Any:
     if not isinstance(x, Chain):
         return x
     value, links, at = x.x, x.links, 0
+    x.x = None  # free as soon as the first layers have read it
     while at < len(links):
         value, at = _step(value, links, at)
-    return value
+    return _whole(value)
 
 
 def _step(x: Any, links: list[Link], at: int) -> tuple[Any, int]:
     """Runs the links that go together from `at` on: their value, and the next link."""
-    group = blocks.group(x, links, at) if isinstance(x, Tensor) else None
+    if isinstance(x, Parts) and not blocks.joins(x, links[at]):
+        x = x.whole()
+    runs = isinstance(x, Tensor | Parts | blocks.Convolved)
+    group = blocks.group(x, links, at) if runs else None
     return (links[at].alone(x), at + 1) if group is None else group
+
+
+def _whole(x: Any) -> Any:
+    return x.whole() if isinstance(x, Parts) else x
 
 
 def hooked(module: nn.Module) -> bool:

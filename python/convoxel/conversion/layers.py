@@ -83,7 +83,7 @@ def convert(module: nn.Module, root: bool) -> None:
         module.__dict__[MARK] = True
     elif root and _is_network(module):
         module.__class__ = stand_in(cast(Any, original(module)), True)
-    elif kept(module) is None and not hasattr(own, STANDS_FOR):
+    elif kept(module) is None and not hasattr(own, STANDS_FOR) and MARK not in module.__dict__:
         module.__class__ = stand_in(own, False)
 
 

@@ -158,7 +158,7 @@ cat_backward: Operator = register(
 # Public function ----------------------------------------------------------------------------------
 
 
-def _serves(tensors: Any, dim: Any) -> bool:
+def serves(tensors: Any, dim: Any) -> bool:
     """Large dense tensors of one layout and dtype; all else, mistakes too, is torch's."""
     if not isinstance(tensors, (tuple, list)) or not is_integer(dim) or torch.compiler.is_compiling():
         return False
@@ -182,7 +182,7 @@ def _serves(tensors: Any, dim: Any) -> bool:
 def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
     """torch.cat. Large dense tensors of one layout are laid out by convoxel; anything else is torch's, which strict
     mode does not mind: a concatenation computes nothing."""
-    if not _serves(tensors, dim):
+    if not serves(tensors, dim):
         return torch.cat(tensors, dim)
     dim = int(dim) % tensors[0].dim()
     y = cat_op(list(tensors), dim)

@@ -12,6 +12,7 @@ y (N, K, OD, OH, OW); the public functions (ops/convolution.py) lift 1-D and 2-D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +36,11 @@ def planned(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: s
     return chosen, routed, getattr(_C, op + "_scratch")(runtime.DTYPES[dtype], routed, threads)
 
 
-def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> None:
-    """One kernel over tensors that are dense in the layouts that the geometry states."""
+def run(op: str, geometry: list[int], x: Tensor | Sequence[Tensor], w: Tensor | None, b: Tensor | None,
+        y: Tensor) -> None:  # fmt: skip
+    """One kernel over tensors that are dense in the layouts that the geometry states; x: or its parts."""
+    xs = [x] if isinstance(x, Tensor) else x
+    x = xs[0]
     dtype, threads = runtime.DTYPES[x.dtype], runtime.threads()
     how = runtime.get_float32_conv_precision(), runtime.get_conv_algorithm(), runtime.isa()
     chosen, geometry, size = planned(op, tuple(geometry), x.dtype, *how, threads)
@@ -48,7 +52,14 @@ def run(op: str, geometry: list[int], x: Tensor, w: Tensor | None, b: Tensor | N
         chosen.why,
     ):
         getattr(_C, op)(
-            dtype, geometry, pointer(x), pointer(w), pointer(b), pointer(y), memory.data_ptr(), threads
+            dtype,
+            geometry,
+            [*map(pointer, xs)],
+            pointer(w),
+            pointer(b),
+            pointer(y),
+            memory.data_ptr(),
+            threads,
         )
 
 

@@ -15,6 +15,7 @@ from ..geometry import SPATIAL_NAMES, Ints, Problem, conv_out_size
 from . import route
 
 LARGEST = 2**40  # voxels of a padded axis: far beyond memory, and sums of several stay within 64 bits
+PARTS = 4  # of an x that lies in several tensors, at most
 
 
 def check(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b: Tensor | None, b_size: int,
@@ -89,14 +90,17 @@ def check_dtypes(op: str, *tensors: Tensor | None) -> None:
 
 
 def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
-            groups: int, x_last: bool, y_last: bool) -> list[int]:  # fmt: skip
-    """The geometry as csrc/bind.cpp reads it, direct. A stride beyond the padded extent makes one output like
-    any other such stride, a dilation of one tap does nothing: without them no sum in csrc exceeds 64 bits."""
+            groups: int, x_last: bool, y_last: bool, parts: Ints = ()) -> list[int]:  # fmt: skip
+    """The geometry as csrc/bind.cpp reads it, direct; parts: channels of the tensors that make x. A stride beyond the
+    padded extent makes one output like any other such stride, a dilation of one tap does nothing: without them no sum
+    in csrc exceeds 64 bits."""
     flat = [x_shape[0], x_shape[1], w_shape[0], groups]
     for axes in zip(x_shape[2:], y_shape[2:], w_shape[2:], stride, padding, dilation, strict=True):
         n, out, k, s, p, d = axes
         flat += [n, out, k, min(s, n + 2 * p), p, d if k > 1 else 1]
-    return [*flat, int(x_last), int(y_last), *route.DIRECT.numbers]
+    parts = parts or (x_shape[1],)
+    padded = (*parts, *(0,) * (PARTS - len(parts)))
+    return [*flat, int(x_last), int(y_last), *padded, *route.DIRECT.numbers]
 
 
 def problem(geometry: list[int], dtype: torch.dtype, bias: bool) -> str:

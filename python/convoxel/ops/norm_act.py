@@ -46,7 +46,6 @@ KINDS = {
     "gelu": 4,
     "gelu_tanh": 5,
 }
-KINKED = ("identity", "leaky_relu", "prelu", "relu")  # a slope on each side of 0
 
 
 class Act(NamedTuple):

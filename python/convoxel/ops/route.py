@@ -162,7 +162,12 @@ def choose(
     work = Work(images, groups, c, k, outs, taps)
     why = declined(axes, dtype, precision, algorithm)
     routes = [(direct_cycles(work), Route("direct", DIRECT.tile, why or "Winograd's is not faster here"))]
-    if algorithm in ("auto", "columns") and images * max(prod(sizes), prod(outs)) * prod(taps) < COLUMNS:
+    joined = geometry[25] > 0  # x has a second part
+    if (
+        algorithm in ("auto", "columns")
+        and not joined
+        and images * max(prod(sizes), prod(outs)) * prod(taps) < COLUMNS
+    ):
         routes.append((columns_cycles(work), Route("columns", DIRECT.tile, "few voxels")))
     if not why:
         at = replace(work, out=sizes) if op == "conv_input_grad" else work

@@ -98,10 +98,9 @@ class Joined:
     """Carried by the node of a concatenation: what its parts are made of, held for as long as y lives."""
 
     def __init__(self, y: Tensor, parts: Sequence[Kept], dim: int) -> None:
-        taken = [part.take() for part in parts]
-        held = [(t, None if t is None else State(t)) for some in taken for t in some]
+        self.join, taken = Join.of(parts, dim)
+        held = [(t, None if t is None else State(t)) for t in taken]
         self.state, self.held = State(y), held
-        self.join = Join(list(parts), [len(some) for some in taken], dim)
         self.alive = weakref.ref(y, lambda _: held.clear())
 
     def recipe(self, node: Any) -> tuple[Recipe, Tensors] | None:
@@ -118,10 +117,18 @@ class Join:
     counts: list[int]
     dim: int
 
-    def make(self, tensors: Tensors) -> Tensor:
+    @staticmethod
+    def of(parts: Sequence[Kept], dim: int) -> tuple[Join, Tensors]:
+        """It, and what to save for it."""
+        taken = [part.take() for part in parts]
+        return Join(list(parts), [len(some) for some in taken], dim), [t for some in taken for t in some]
+
+    def parts_of(self, tensors: Tensors) -> list[Tensor]:
         rest = iter(tensors)
-        parts = [k.give([next(rest) for _ in range(n)]) for k, n in zip(self.parts, self.counts, strict=True)]
-        return torch.ops.convoxel.cat.default(parts, self.dim)
+        return [k.give([next(rest) for _ in range(n)]) for k, n in zip(self.parts, self.counts, strict=True)]
+
+    def make(self, tensors: Tensors) -> Tensor:
+        return torch.ops.convoxel.cat.default(self.parts_of(tensors), self.dim)
 
 
 @dataclass(frozen=True)
