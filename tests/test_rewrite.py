@@ -84,6 +84,43 @@ class Asked(Base):
         return self.act(y)
 
 
+class Beside(Base):
+    """As MONAI's residual block: what is added goes through layers of its own, if it has any."""
+
+    def forward(self, x):
+        y = self.norm(x)
+        if self.flag:
+            x = self.conv(x)
+        if self.flag is not None:
+            z = self.conv(x)
+        y += x
+        y = self.act(y)
+        return y * z
+
+
+class BesideItself(Base):
+    """Each of these sees what the one before it did: statistics, an input changed in place."""
+
+    def change(self, x):
+        return x * (1 + self.norm.running_mean.sum())
+
+    def forward(self, x):
+        y = self.norm(x)
+        if self.flag:
+            z = self.norm(x)
+        y = self.act(y)
+        x = x.clone()
+        w = self.act(x)
+        if self.flag:
+            v = self.conv(x)
+        w = w + v
+        u = self.norm(x)
+        if self.flag:
+            x = self.change(x)
+        u += x
+        return self.act(u) + y + z + w
+
+
 class Looped(Base):
     def forward(self, x, times=2):
         for i in range(times):
@@ -159,8 +196,8 @@ class Keywords(Base):
         return x * scale
 
 
-FORWARDS = [Straight, Nested, ReadBetween, ChangedBetween, AddedToItself, Added, AddedBroadcast, Asked, Looped, Early,
-            ReturnsInLoop, Unused, Tuples, Private, Super, Keywords]  # fmt: skip
+FORWARDS = [Straight, Nested, ReadBetween, ChangedBetween, AddedToItself, Added, AddedBroadcast, Asked, Beside,
+            BesideItself, Looped, Early, ReturnsInLoop, Unused, Tuples, Private, Super, Keywords]  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,7 +223,8 @@ def test_a_rewritten_forward_gives_what_the_original_gives(forward, training):
 
 
 @pytest.mark.parametrize("forward,fused", [(Straight, "norm + relu"), (Nested, "norm + relu"), (Looped, "norm + relu"),
-                                           (Added, "norm + residual"), (Asked, ""), (ReadBetween, ""),
+                                           (Added, "norm + residual"), (Beside, "norm + residual + relu"), (Asked, ""),
+                                           (ReadBetween, ""),
                                            (ChangedBetween, ""), (AddedBroadcast, ""), (Private, "")])  # fmt: skip
 def test_what_goes_together_runs_as_one_and_nothing_else(forward, fused):
     net = convoxel.accelerate(forward())

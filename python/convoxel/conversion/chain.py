@@ -21,6 +21,7 @@ from ..ops.norm_act import Act
 from . import blocks
 
 LAZY = "_convoxel_lazily"  # of a converted module's class: its forward with calls that wait
+WRITES_ANEW = {"conv", "norm"}  # kinds of layers that never change what they are given
 ACTIVATIONS = {F.relu, F.leaky_relu}
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.nn.functional, name): own
@@ -110,6 +111,24 @@ def force(x: Any) -> Any:
     while at < len(links):
         value, at = _step(value, links, at)
     return _whole(value)
+
+
+def beside(waiting: Any, function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """function(x, ...) while a chain waits: first, where neither can tell, else after the chain."""
+    if isinstance(waiting, Chain) and not _independent(waiting, function):
+        waiting.x, waiting.links = force(waiting), []
+    return force(call(function, x, *args, **kwargs))
+
+
+def _independent(chain: Chain, function: Any) -> bool:
+    """Whether this is a layer, or a Sequential of some, that changes nothing but its own statistics, and the chain only
+    reads its x and is made of other layers."""
+    if not isinstance(function, nn.Module) or hooked(function) or not chain.links:
+        return False
+    if getattr(type(function), LAZY, None) is sequential:
+        return all(_independent(chain, layer) for layer in function.children())
+    reads = {blocks.kind(function), chain.links[0].kind} <= WRITES_ANEW
+    return reads and all(link.layer is not function for link in chain.links)
 
 
 def _step(x: Any, links: list[Link], at: int) -> tuple[Any, int]:

@@ -27,7 +27,12 @@ from typing import Any, cast
 
 from . import chain
 
-HELPERS = {"convoxel_call": chain.call, "convoxel_force": chain.force, "convoxel_add": chain.add}
+HELPERS = {
+    "convoxel_call": chain.call,
+    "convoxel_force": chain.force,
+    "convoxel_add": chain.add,
+    "convoxel_beside": chain.beside,
+}
 SCOPES = (
     ast.Lambda,
     ast.FunctionDef,
@@ -168,12 +173,16 @@ class _Deferred:
         return [*self._forced(), s]
 
     def _if(self, s: ast.If) -> list[ast.stmt]:
-        """A chain may wait while a plain question is asked; what the answer leads to has it forced."""
+        """A chain may wait while a plain question is asked; what the answer leads to has it forced, unless it only
+        sends other names through layers."""
         name = self.waiting
         waits = name is not None and _plain(s.test) and not _reads(s.test, name)
         before = [] if waits else self._forced()
         blocks = []
         for block in (s.body, s.orelse):
+            if name is not None and waits and (aside := _aside(block, name)):
+                blocks.append(aside)
+                continue
             self.waiting = name if waits and block else None
             start = [ast.copy_location(f, block[0]) for f in self._forced()]
             blocks.append([*start, *self._block(block)])
@@ -215,6 +224,22 @@ def _chain(value: ast.expr | None) -> bool:
         and not isinstance(value.args[0], ast.Starred)
         and all(_plain(node) for node in (value.func, *value.args[1:], *(k.value for k in value.keywords)))
     )
+
+
+def _aside(block: list[ast.stmt], waiting: str) -> list[ast.stmt]:
+    """The statements beside the waiting name; none where one of them is more than a call whose result goes to another
+    name."""
+    done: list[ast.stmt] = []
+    for s in block:
+        target, value = _target(s), s.value if isinstance(s, ast.Assign | ast.AnnAssign) else None
+        if target in (None, waiting) or not isinstance(value, ast.Call) or not _chain(value):
+            return []
+        if not _plain(value.args[0]) or _reads(value, waiting):
+            return []
+        made = _helper("beside", _load(waiting), value.func, *value.args)
+        made.keywords = value.keywords
+        done.append(ast.copy_location(_assign(cast(str, target), ast.copy_location(made, s)), s))
+    return done
 
 
 def _plain(node: ast.expr) -> bool:
