@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import bench, demo, doctor, phantom, runtime
+from . import bench, demo, doctor, evaluation, phantom, runtime
 from .importers import commands as importing
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
@@ -57,6 +57,12 @@ COMMANDS = (
         "make a trained model one safe file: weights and plain settings",
         importing.add_import_arguments,
         importing.run_import,
+    ),
+    Command(
+        "evaluate",
+        "score segmentations against the truth",
+        evaluation.add_arguments,
+        evaluation.run_command,
     ),
     Command("demo", "train a 3D U-Net on a real MRI and check it", demo.add_arguments, demo.run_command),
     Command("doctor", "say what is wrong with scans or a dataset", doctor.add_arguments, doctor.run_command),

@@ -1,0 +1,186 @@
+"""Surfaces of masks, in mm: their elements, the elements' areas, and distances between two surfaces.
+
+The definition is that of Nikolov et al., "Clinically Applicable Segmentation of Head and Neck Anatomy for
+Radiotherapy" (J Med Internet Res 2021;23(7):e26151), and of their package surface-distance. Every 2 x 2 x 2
+neighbourhood of voxels that holds both inside and outside is one surface element. It lies at the
+neighbourhood's centre, where eight voxels meet, and has the area of the triangles that marching cubes put there;
+so elements weigh by the surface that they stand for, whatever the spacing. A structure that the edge of the
+scan cuts has a surface there.
+
+    HD95         = max over both directions of the 95th percentile (by area) of the distances to the other surface
+    surface Dice = (area of A within t of B + area of B within t of A) / (area of A + area of B)
+
+Distances are exact: between element centres, to the nearest. A k-d tree finds the same distances as a distance
+transform of the box around both, 10 to 40 times as fast, because most elements of a good prediction need no search.
+
+A grid with one slice has contours instead: lengths for areas, times the slice's thickness, which cancels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_ROUNDING = 1 + 1e-6  # spacings come from float32: a distance of one voxel of 1 mm is within 1 mm
+Corner = tuple[int, int, int]
+
+
+class Surface(NamedTuple):
+    """Elements of one mask's surface, n of them.
+
+    number: (n,) int64, ascending: of the corner where the element lies, on the grid of (D+1, H+1, W+1).
+    points: (n, 3) float64, (z, y, x) in mm from the grid's first corner. areas: (n,) float64 in mm^2.
+    """
+
+    number: NDArray[np.int64]
+    points: NDArray[np.float64]
+    areas: NDArray[np.float64]
+
+    def where(self, keep: NDArray[np.bool_]) -> Surface:
+        return Surface(self.number[keep], self.points[keep], self.areas[keep])
+
+
+def surface(
+    mask: NDArray[np.bool_],
+    spacing: Sequence[float],
+    *,
+    start: Sequence[int] = (0, 0, 0),
+    grid: Sequence[int] | None = None,
+) -> Surface:
+    """The surface of a mask (d, h, w) which lies at `start` in a `grid` of (D, H, W) voxels; all else is outside.
+
+    spacing: (z, y, x) in mm. grid: None is the mask's own shape.
+
+    >>> square = surface(np.ones((1, 4, 4), bool), (1.0, 0.5, 0.5))  # one slice: a contour of 2 x 2 mm, cut corners
+    >>> round(float(square.areas.sum()), 3)
+    7.414
+    """
+    grid = mask.shape if grid is None else grid
+    thick = [n > 1 for n in grid]
+    code = np.pad(mask.astype(np.uint8), [(1, int(t)) for t in thick])
+    for axis, bit in ((2, 1), (1, 2), (0, 4)):
+        before, after = _cut(code, axis, slice(None, -1)), _cut(code, axis, slice(1, None))
+        code = before | after << bit if thick[axis] else after | after << bit
+    place = np.flatnonzero((code != 0) & (code != 255))
+    corner = np.stack(np.unravel_index(place, code.shape), 1) + np.asarray(start)
+    number = np.ravel_multi_index(tuple(corner.T), tuple(n + 1 for n in grid))
+    return Surface(
+        np.asarray(number, np.int64), corner * np.asarray(spacing, float), areas(spacing)[code.flat[place]]
+    )
+
+
+def _cut(array: NDArray[Any], axis: int, part: slice) -> NDArray[Any]:
+    return array[(slice(None),) * axis + (part,)]
+
+
+def distances(of: Surface, to: Surface) -> NDArray[np.float64]:
+    """(n,) in mm: from each element of one surface to the nearest element of the other; both have some."""
+    from scipy.spatial import cKDTree
+
+    found = np.zeros(len(of.number))
+    apart = ~np.isin(of.number, to.number, assume_unique=True)
+    if apart.any():
+        tree = cKDTree(to.points, balanced_tree=False)
+        found[apart] = tree.query(of.points[apart], workers=torch.get_num_threads())[0]
+    return found
+
+
+def hausdorff(distance: NDArray[np.float64], area: NDArray[np.float64], share: float = 0.95) -> float:
+    """The distance in mm within which `share` of the area lies: of the elements, the first that reaches it.
+
+    >>> hausdorff(np.array([3.0, 0.0, 1.0]), np.array([1.0, 8.0, 1.0]), share=0.9)
+    1.0
+    """
+    order = np.argsort(distance, kind="stable")
+    reached = np.cumsum(area[order])
+    return float(distance[order][np.searchsorted(reached, share * reached[-1] * (1 - 1e-12))])
+
+
+def surface_scores(
+    a: Surface,
+    b: Surface,
+    tolerance: float,
+    counted: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None,
+) -> tuple[float, float] | None:
+    """HD95 in mm and surface Dice at `tolerance` mm of two surfaces that have elements.
+
+    counted: which elements of each have a say (all are something to be near to); None: all. Where no element of
+    either has a say there is no score: None.
+    """
+    keep_a, keep_b = counted or (np.ones(len(a.number), bool), np.ones(len(b.number), bool))
+    sides = [
+        (distances(mine.where(keep), other), mine.areas[keep])
+        for mine, keep, other in ((a, keep_a, b), (b, keep_b, a))
+        if keep.any()
+    ]
+    if not sides:
+        return None
+    near = sum(float(area[distance <= tolerance * _ROUNDING].sum()) for distance, area in sides)
+    return max(hausdorff(*side) for side in sides), near / sum(float(area.sum()) for _, area in sides)
+
+
+def areas(spacing: Sequence[float]) -> NDArray[np.float64]:
+    """(256,) mm^2: the area of a neighbourhood's surface by its code, 1 << (4 z + 2 y + x) for each voxel inside.
+
+    The surface cuts the lines between inside and outside voxels in half. Along a neighbourhood's faces the cuts
+    join to loops, around the fewer voxels where that is open; a loop is filled by a fan of triangles,
+    the one of largest area at equal spacings. These are marching cubes' triangles as surface-distance has them
+    (tests/campaigns/surfaces.py compares all 256).
+
+    >>> float(areas((1.0, 2.0, 2.0))[0b00001111])  # all of one slice inside: a face of 2 x 2 mm
+    4.0
+    """
+    z, y, x = spacing
+    scale = np.array([y * x, z * x, z * y])
+    return np.array([float(np.linalg.norm(normals * scale, axis=1).sum()) / 2 for normals in _triangles()])
+
+
+@lru_cache(maxsize=1)
+def _triangles() -> tuple[NDArray[np.float64], ...]:
+    """For each of the 256 codes its triangles' normals (t, 3), twice their area long at unit spacing."""
+    corners = list(itertools.product((0, 1), (0, 1), (0, 1)))
+    found = []
+    for code in range(256):
+        few = code if code.bit_count() <= 4 else 255 - code
+        inside = {corner: bool(few >> (4 * corner[0] + 2 * corner[1] + corner[2]) & 1) for corner in corners}
+        fans = [_fan(loop) for loop in _loops(inside)]
+        found.append(np.concatenate(fans) if fans else np.zeros((0, 3)))
+    return tuple(found)
+
+
+def _loops(inside: dict[Corner, bool]) -> list[NDArray[np.float64]]:
+    """Closed polygons (n, 3) around the voxels inside, through the middles of the lines that are cut."""
+    following: dict[tuple[float, ...], tuple[float, ...]] = {}
+    for axis, side in itertools.product(range(3), (0, 1)):
+        ring = [(0, 0), (1, 0), (1, 1), (0, 1)][:: 1 if side else -1]  # counterclockwise from outside
+        face = [tuple(np.roll((side, *pair), axis).tolist()) for pair in ring]
+        steps = [(face[i], face[(i + 1) % 4]) for i in range(4)]
+        change = [inside[b] - inside[a] for a, b in steps]
+        middles = [tuple((np.add(a, b) / 2).tolist()) for a, b in steps]
+        for i in (i for i in range(4) if change[i] == 1):
+            leave = next(j % 4 for j in range(i + 1, i + 4) if change[j % 4] == -1)
+            following[middles[i]] = middles[leave]
+    loops = []
+    while following:
+        first, point = following.popitem()
+        loop = [first]
+        while point != first:
+            loop.append(point)
+            point = following.pop(point)
+        loops.append(np.array(loop))
+    return loops
+
+
+def _fan(loop: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Normals (n - 2, 3) of the fan of largest area."""
+    fans = []
+    for k in range(len(loop)):
+        rays = np.roll(loop, -k, axis=0)[1:] - loop[k]
+        fans.append(np.cross(rays[:-1], rays[1:]))
+    return max(fans, key=lambda normals: round(float(np.linalg.norm(normals, axis=1).sum()), 9))
