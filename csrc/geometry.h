@@ -19,7 +19,7 @@ struct ConvGeometry {
   int64_t N, C, K, groups;
   ConvAxis axis[kAxes];
   bool x_last, y_last;        // channels-last storage of x (and dx), of y (and dy)
-  int64_t parts[kMostParts];  // channels of the tensors that make x (or dx) side by side: multiples of 32 but for the
+  int64_t parts[kMostParts];  // channels of the tensors that make x (or dx) side by side: multiples of 16 (AMX: 32) but for the
                               // last; 0: no more
   ConvAlgorithm algorithm;
   int tile[kAxes];  // Winograd: outputs of a tile along each axis, 4 or 2, 1 where the kernel has one tap

@@ -121,6 +121,27 @@ class BesideItself(Base):
         return self.act(u) + y + z + w
 
 
+class Renamed(Base):
+    """As MONAI's blocks have it; the second time the old name is read again."""
+
+    def forward(self, inp):
+        a = self.conv(inp)
+        b = self.norm(a)
+        c = self.act(b)
+        d = self.norm(c)
+        e = self.act(d)
+        return e + d
+
+
+class RenamedAndRead(Base):
+    def forward(self, x):
+        y = self.norm(x)
+        z = self.conv(y)
+        for _ in range(2):
+            y = y * 2
+        return z + y
+
+
 class Looped(Base):
     def forward(self, x, times=2):
         for i in range(times):
@@ -197,7 +218,8 @@ class Keywords(Base):
 
 
 FORWARDS = [Straight, Nested, ReadBetween, ChangedBetween, AddedToItself, Added, AddedBroadcast, Asked, Beside,
-            BesideItself, Looped, Early, ReturnsInLoop, Unused, Tuples, Private, Super, Keywords]  # fmt: skip
+            BesideItself, Renamed, RenamedAndRead, Looped, Early, ReturnsInLoop, Unused, Tuples,
+            Private, Super, Keywords]  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -167,7 +167,8 @@ class _Deferred:
             if isinstance(s.op, ast.Add) and _plain(s.value) and not _reads(s.value, target):
                 return [_assign(target, _helper("add", _load(target), s.value))]
         elif target and isinstance(s, ast.Assign | ast.AnnAssign) and _chain(s.value):
-            before = [] if self.waiting == target and self._passes(s.value) else self._forced()
+            moves = self._passes(s.value) and (self.waiting == target or self._read_once())
+            before = [] if moves else self._forced()
             self.waiting = target
             return [*before, _assign(target, _call(cast(ast.expr, s.value)))]
         return [*self._forced(), s]
@@ -208,6 +209,16 @@ class _Deferred:
             return True
         alone = isinstance(value, ast.Name) and value.id == self.waiting
         return alone and not any(_reads(node, self.waiting) for node in rest)
+
+    def _read_once(self) -> bool:
+        """Whether one place in the whole definition reads the waiting name: nobody asks for it after that."""
+        name, reads = self.waiting, 0
+        for node in ast.walk(self.definition):
+            changed = node.target if isinstance(node, ast.AugAssign) else None
+            for n in (node, changed):
+                loads = n is changed or isinstance(getattr(n, "ctx", None), ast.Load)
+                reads += isinstance(n, ast.Name) and n.id == name and loads
+        return reads == 1
 
 
 def _target(s: ast.stmt) -> str | None:

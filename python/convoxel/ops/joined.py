@@ -5,7 +5,7 @@
     conv_joined_weight_grad  dw              H(cat(xs), dy)
 
 Of U-Nets' concatenations, up and skip, this saves the copy in forward, in backward where an input is made again, and
-of the gradient. The parts have whole blocks of 32 channels but for the last; there are no groups. What differentiates
+of the gradient. The parts have whole blocks of 16 channels but for the last; there are no groups. What differentiates
 the gradients again lays the parts side by side.
 """
 
@@ -26,7 +26,7 @@ from .conv_geometry import PARTS, check, check_dtypes, numbers
 from .library import Operator, contiguous, new, register
 from .saved import Join, Kept
 
-BLOCK = 32  # channels
+BLOCK = 16  # channels: vectors of no ISA lie across parts
 
 
 class Parts(NamedTuple):

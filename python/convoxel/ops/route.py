@@ -136,12 +136,14 @@ def amx_cycles(work: Work) -> float:
     return pixels * (products / 0.6 + 12 * blocks + 6 * work.k_vectors) + products * 250
 
 
-def amx_declined(groups: int, dtype: torch.dtype, algorithm: str, isa: str) -> str:
+def amx_declined(groups: int, parts: tuple[int, ...], dtype: torch.dtype, algorithm: str, isa: str) -> str:
     """Why tiles are out of the question, or nothing."""
     if algorithm not in ("auto", "amx"):
         return f"algorithm {algorithm} is set"
     if dtype != torch.bfloat16 or isa != "amx":
         return "amx is for bfloat16 on the ISA amx"
+    if any(rest and c % 32 for c, rest in zip(parts, parts[1:], strict=False)):
+        return "amx takes parts of whole blocks of 32 channels"
     return "amx takes no groups" if groups > 1 else ""
 
 
@@ -176,7 +178,7 @@ def choose(
             (winograd_cycles(at, tile, gradient), Route("winograd", tile, f"tile {'x'.join(map(str, tile))}"))
             for tile in tiles(taps)
         ]
-    no_amx = amx_declined(groups, dtype, algorithm, isa)
+    no_amx = amx_declined(groups, geometry[24:28], dtype, algorithm, isa)
     if not no_amx:
         routes.append((amx_cycles(work), Route("amx", DIRECT.tile, "tiles of bfloat16")))
     wanted = [r for r in routes if r[1].algorithm == algorithm]
