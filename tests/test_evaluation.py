@@ -129,6 +129,24 @@ def test_scores_are_those_of_brute_force(shape, spacing):
         })  # fmt: skip
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_tree_and_transform_find_the_same_distances(spacing, monkeypatch):
+    rng = np.random.default_rng(4)
+    shape = (30, 31, 33)
+    z, y, x = np.ogrid[-15:15, -15:16, -16:17]
+    ball = z**2 + y**2 + x**2
+    masks = [ball < 14**2, ball < 3**2, blobs(rng, shape), blobs(rng, shape, 0.99)]
+    for a, b in itertools.permutations(
+        [surfaces.surface(m, spacing, start=(2, 0, 1), grid=(40, 40, 40)) for m in masks], 2
+    ):
+        outside = np.ones((41, 41, 41), bool)
+        outside[tuple(b.corners.T)] = False
+        expected = ndimage.distance_transform_edt(outside, sampling=spacing)[tuple(a.corners.T)]
+        for pairs in (0, 1e9):
+            monkeypatch.setattr(surfaces, "_PAIRS_PER_VOXEL", pairs)
+            assert surfaces.distances(a, b) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("axis", range(3))
 def test_a_shift_is_as_long_as_it_is_in_mm(axis):
     spacing = (5.0, 0.8, 1.5)

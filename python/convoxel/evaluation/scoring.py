@@ -215,11 +215,10 @@ def _shared(a: Cut, b: Cut) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
 
 def _known(of: Surface, unknown: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which elements have no ignored voxel among their eight."""
-    corner = np.stack(np.unravel_index(of.number, tuple(n + 1 for n in unknown.shape)))
     known = np.ones(len(of.number), bool)
-    last = np.array(unknown.shape)[:, None] - 1
+    last = np.array(unknown.shape) - 1
     for shift in np.ndindex(2, 2, 2):
-        z, y, x = np.clip(corner - np.array(shift)[:, None], 0, last)
+        z, y, x = np.clip(of.corners - np.array(shift), 0, last).T
         known &= ~unknown[z, y, x]
     return known
 

@@ -10,8 +10,7 @@ scan cuts has a surface there.
     HD95         = max over both directions of the 95th percentile (by area) of the distances to the other surface
     surface Dice = (area of A within t of B + area of B within t of A) / (area of A + area of B)
 
-Distances are exact: between element centres, to the nearest. A k-d tree finds the same distances as a distance
-transform of the box around both, 10 to 40 times as fast, because most elements of a good prediction need no search.
+Distances are exact: between element centres, to the nearest.
 
 A grid with one slice has contours instead: lengths for areas, times the slice's thickness, which cancels.
 """
@@ -19,6 +18,7 @@ A grid with one slice has contours instead: lengths for areas, times the slice's
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ import torch
 from numpy.typing import NDArray
 
 _ROUNDING = 1 + 1e-6  # spacings come from float32: a distance of one voxel of 1 mm is within 1 mm
+_NEAR = 5  # voxels
+_PAIRS_PER_VOXEL = 8  # a tree looks at a pair of points, at worst, in 20 ns; a transform takes 150 ns a voxel
 Corner = tuple[int, int, int]
 
 
@@ -35,15 +37,22 @@ class Surface(NamedTuple):
     """Elements of one mask's surface, n of them.
 
     number: (n,) int64, ascending: of the corner where the element lies, on the grid of (D+1, H+1, W+1).
-    points: (n, 3) float64, (z, y, x) in mm from the grid's first corner. areas: (n,) float64 in mm^2.
+    corners: (n, 3) int64, the same as (z, y, x). areas: (n,) float64 in mm^2. spacing: (z, y, x) in mm.
     """
 
     number: NDArray[np.int64]
-    points: NDArray[np.float64]
+    corners: NDArray[np.int64]
     areas: NDArray[np.float64]
+    spacing: tuple[float, ...]
 
-    def where(self, keep: NDArray[np.bool_]) -> Surface:
-        return Surface(self.number[keep], self.points[keep], self.areas[keep])
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """(n, 3), (z, y, x) in mm from the grid's first corner."""
+        return self.corners * np.array(self.spacing)
+
+    def where(self, keep: NDArray[Any]) -> Surface:
+        """The elements that a mask (n,) or a list of indices names."""
+        return self._replace(number=self.number[keep], corners=self.corners[keep], areas=self.areas[keep])
 
 
 def surface(
@@ -68,10 +77,10 @@ def surface(
         before, after = _cut(code, axis, slice(None, -1)), _cut(code, axis, slice(1, None))
         code = before | after << bit if thick[axis] else after | after << bit
     place = np.flatnonzero((code != 0) & (code != 255))
-    corner = np.stack(np.unravel_index(place, code.shape), 1) + np.asarray(start)
-    number = np.ravel_multi_index(tuple(corner.T), tuple(n + 1 for n in grid))
+    corners = np.stack(np.unravel_index(place, code.shape), 1) + np.asarray(start)
+    number = np.ravel_multi_index(tuple(corners.T), tuple(n + 1 for n in grid))
     return Surface(
-        np.asarray(number, np.int64), corner * np.asarray(spacing, float), areas(spacing)[code.flat[place]]
+        np.asarray(number, np.int64), corners, areas(spacing)[code.flat[place]], tuple(map(float, spacing))
     )
 
 
@@ -80,15 +89,57 @@ def _cut(array: NDArray[Any], axis: int, part: slice) -> NDArray[Any]:
 
 
 def distances(of: Surface, to: Surface) -> NDArray[np.float64]:
-    """(n,) in mm: from each element of one surface to the nearest element of the other; both have some."""
+    """(n,) in mm: from each element of one surface to the nearest element of the other; both have some.
+
+    Most elements of a good prediction are the truth's, and most others have it near: a k-d tree finds those 10 to
+    40 times as fast as a distance transform of the box around both surfaces. But it compares nearly all pairs where
+    many points are about as far from everything, as a ball's in the middle of a body are (68,000 points: 368 s, the
+    transform 7 s), so the far ones take whichever costs less at worst.
+    """
     from scipy.spatial import cKDTree
 
     found = np.zeros(len(of.number))
-    apart = ~np.isin(of.number, to.number, assume_unique=True)
-    if apart.any():
-        tree = cKDTree(to.points, balanced_tree=False)
-        found[apart] = tree.query(of.points[apart], workers=torch.get_num_threads())[0]
+    apart = np.flatnonzero(~np.isin(of.number, to.number, assume_unique=True))
+    if not len(apart):
+        return found
+    tree, threads = cKDTree(to.points, balanced_tree=False), torch.get_num_threads()
+    near = _NEAR * max(of.spacing)
+    nearest = tree.query(of.points[apart], distance_upper_bound=near, workers=threads)[1]
+    far = np.flatnonzero(nearest == len(to.number))
+    if len(far):
+        rest = of.where(apart[far])
+        if len(far) * len(to.number) > _PAIRS_PER_VOXEL * math.prod(_box(rest, to)[1]):
+            found[apart[far]] = _transformed(rest, to)
+            apart, nearest = np.delete(apart, far), np.delete(nearest, far)
+        else:
+            nearest[far] = tree.query(rest.points, workers=threads)[1]
+    found[apart] = _lengths(of.corners[apart] - to.corners[nearest], of.spacing)
     return found
+
+
+def _transformed(of: Surface, to: Surface) -> NDArray[np.float64]:
+    """`distances` by a distance transform: 13 bytes for each voxel of the box around both."""
+    from scipy import ndimage
+
+    low, shape = _box(of, to)
+    outside = np.ones(shape, bool)
+    outside[tuple((to.corners - low).T)] = False
+    nearest = ndimage.distance_transform_edt(
+        outside, sampling=of.spacing, return_distances=False, return_indices=True
+    )
+    z, y, x = (of.corners - low).T
+    return _lengths(of.corners - low - nearest[:, z, y, x].T, of.spacing)
+
+
+def _box(a: Surface, b: Surface) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+    """First corner and shape of the box around both."""
+    low = np.minimum(a.corners.min(0), b.corners.min(0))
+    high = np.maximum(a.corners.max(0), b.corners.max(0))
+    return low, tuple((high - low + 1).tolist())
+
+
+def _lengths(corners: NDArray[np.int64], spacing: Sequence[float]) -> NDArray[np.float64]:
+    return np.sqrt(((corners * np.array(spacing)) ** 2).sum(1))
 
 
 def hausdorff(distance: NDArray[np.float64], area: NDArray[np.float64], share: float = 0.95) -> float:
