@@ -48,7 +48,7 @@ COMMANDS = (
     ),
     Command(
         "predict",
-        "segment scans with a trained model (nnU-Net's, convoxel's)",
+        "segment scans with a trained nnU-Net or MONAI model",
         importing.add_predict_arguments,
         importing.run_predict,
     ),

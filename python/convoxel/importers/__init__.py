@@ -4,7 +4,7 @@ safe           files of other programs, as data
 networks       the list of architectures, and how one is built of plain arguments
 trained        a model: networks and a recipe
 nnunet         model folders of nnU-Net v2; nnunet_recipe what it does with a scan
-monai_bundle   MONAI bundles
+monai_bundle   MONAI bundles; monai_recipe what they do with a scan
 own            convoxel's own checkpoints
 cases          scans on the command line, and where their labels go
 commands       `convoxel predict` and `convoxel import`
@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import nnunet, own
+from . import monai_bundle, nnunet, own
 from .trained import TrainedModel
 
 __all__ = ["TrainedModel", "load", "save"]
@@ -32,7 +32,8 @@ def load(
     """A trained model, ready to predict: its networks accelerated, in evaluation mode.
 
     Args:
-        path: an nnU-Net v2 model folder (with plans.json), or a file of `convoxel import` or `Model.save`.
+        path: an nnU-Net v2 model folder (with plans.json), a MONAI bundle (folder or zip), or a file of
+            `convoxel import` or `Model.save`.
         folds: which folds of a cross-validation; None: all.
         configuration: of nnU-Net, where the folder holds several models: "3d_fullres", "3d_lowres" or "2d".
         patch_size: (z, y, x) in voxels, for a file of `Model.save`.
@@ -49,11 +50,13 @@ def load(
         raise FileNotFoundError(2, "no such model", str(path))
     if nnunet.is_model(path):
         return nnunet.load(path, folds=folds, configuration=configuration)
+    if monai_bundle.is_bundle(path):
+        return monai_bundle.load(path)
     if path.is_file() and path.suffix == ".safetensors":
         return own.load(path, folds=folds, patch_size=patch_size)
     raise ValueError(
         f"{path}: not a model that convoxel knows; expected an nnU-Net v2 model folder (with plans.json and "
-        "dataset.json), or a .safetensors file"
+        "dataset.json), a MONAI bundle (with configs/metadata.json), or a .safetensors file"
     )
 
 

@@ -12,7 +12,7 @@ from .. import memory
 from .cases import Case, find
 from .trained import TrainedModel
 
-MODEL_HELP = "nnU-Net v2 model folder (with plans.json), or a .safetensors file of convoxel"
+MODEL_HELP = "nnU-Net v2 model folder (with plans.json), MONAI bundle (folder or .zip), or .safetensors file"
 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,9 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
         help="z y x (2-D: y x) in voxels; for files of Model.save",
     )
     parser.add_argument(
-        "--overlap", type=float, default=0.5, help="of neighbouring windows, 0 to below 1 (default 0.5)"
+        "--overlap",
+        type=float,
+        help="of neighbouring windows, 0 to below 1 (default: the model's; nnU-Net 0.5)",
     )
     parser.add_argument(
         "--mirror",
@@ -96,7 +98,7 @@ def run_import(args: argparse.Namespace) -> int:
 def run_predict(args: argparse.Namespace) -> int:
     from . import load
 
-    if not 0 <= args.overlap < 1:
+    if args.overlap is not None and not 0 <= args.overlap < 1:
         raise ValueError(f"--overlap must be from 0 to below 1, received {args.overlap}")
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, received {args.batch}")

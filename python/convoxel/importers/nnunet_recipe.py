@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..inference import Axis
+from ..inference.windows import per_axis
 from ..preprocessing import (
     SCHEMES,
     Intensities,
@@ -35,7 +36,7 @@ from ..preprocessing import (
 )
 from ..preprocessing.splines import ORDERS
 from ..volume import Volume
-from .trained import Frame, Prepared, Recipe, check_size, stack
+from .trained import Frame, Overlap, Prepared, Recipe, check_size, stack
 
 READERS = {  # nnU-Net's reader: the orientation that it turns scans to
     "SimpleITKIO": None,
@@ -122,6 +123,7 @@ class NnunetRecipe(Recipe):
     mirror: tuple[int, ...]
 
     kind = "nnunet"
+    overlap = 0.5
 
     def __post_init__(self) -> None:
         rank, count = len(self.patch_size), len(self.channels)
@@ -221,13 +223,14 @@ class NnunetRecipe(Recipe):
         separate = self.data.separate(placed.spacing, placed.target)
         return resize_labels(placed.frame(labels), placed.image.shape[1:], separate)
 
-    def prepare(self, scans: Sequence[Volume], overlap: float) -> Prepared:
+    def prepare(self, scans: Sequence[Volume], overlap: Overlap) -> Prepared:
         placed = self.on_grid(scans)
         image, grid = placed.image, placed.image.shape[1:]
         patch = (1,) * (3 - len(self.patch_size)) + self.patch_size
         rim = padding(grid, patch)
         padded = np.pad(image, [(0, 0), *rim]) if any(map(any, rim)) else image
-        starts = tuple(steps(n, p, overlap) for n, p in zip(padded.shape[1:], patch, strict=True))
+        overlaps = per_axis("overlap", overlap, 3)
+        starts = tuple(steps(n, p, o) for n, p, o in zip(padded.shape[1:], patch, overlaps, strict=True))
         axes = self._axes(grid, placed.cropped, placed.target, placed.spacing, [low for low, _ in rim])
         return Prepared(
             torch.from_numpy(padded), self.patch_size, starts, gaussian(patch), axes, placed.frame

@@ -17,8 +17,9 @@ from ..inference import Axis
 from ..preprocessing import padding
 from ..volume import Volume
 from . import networks
+from .monai_recipe import MonaiRecipe
 from .nnunet_recipe import NnunetRecipe
-from .trained import Prepared, Recipe, TrainedModel, stack
+from .trained import Overlap, Prepared, Recipe, TrainedModel, stack
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class PlainRecipe(Recipe):
     patch_size: tuple[int, ...]  # (z, y, x), or (y, x) for a 2-D network
 
     kind = "plain"
+    overlap = 0.5
     labels: Mapping[str, Any] = None  # type: ignore[assignment]
     mirror_axes = ()
     regions = None
@@ -40,7 +42,7 @@ class PlainRecipe(Recipe):
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "channels": self.channels, "patch_size": self.patch_size}
 
-    def prepare(self, scans: Sequence[Volume], overlap: float) -> Prepared:
+    def prepare(self, scans: Sequence[Volume], overlap: Overlap) -> Prepared:
         image = stack(scans)
         shape = image.shape[1:]
         rim = padding(shape, (1,) * (3 - len(self.patch_size)) + self.patch_size)
@@ -51,7 +53,7 @@ class PlainRecipe(Recipe):
         return Prepared(torch.from_numpy(image), self.patch_size, None, None, axes, lambda array: array)
 
 
-RECIPES: dict[str, Any] = {recipe.kind: recipe for recipe in (NnunetRecipe, PlainRecipe)}
+RECIPES: dict[str, Any] = {recipe.kind: recipe for recipe in (NnunetRecipe, MonaiRecipe, PlainRecipe)}
 
 
 def save(model: TrainedModel, path: Path) -> None:

@@ -38,6 +38,13 @@ class Prepared:
     weights: Tensor | None  # (patch), of the blend; None: MONAI's Gaussian
     axes: list[Axis] | None  # where the labels' voxels lie on the network's grid; None: on its own
     frame: Frame
+    activation: Callable[[Tensor], Tensor] | None = None  # of finished logits, before they are resampled
+    probability: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = (
+        None  # of scores; None: of logits
+    )
+
+
+Overlap = float | tuple[float, ...]
 
 
 class Recipe(ABC):
@@ -49,9 +56,11 @@ class Recipe(ABC):
     labels: Mapping[str, Any]  # name: value, or values of a region
     mirror_axes: tuple[int, ...]  # spatial axes (0, 1, 2) that may be flipped
     regions: tuple[int, ...] | None  # sigmoid channels in ascending precedence, or None: argmax
+    overlap: Overlap  # of neighbouring windows, where the user says nothing
+    masks: bool = False  # the result is one mask per region, (K, D, H, W), not labels
 
     @abstractmethod
-    def prepare(self, scans: Sequence[Volume], overlap: float) -> Prepared:
+    def prepare(self, scans: Sequence[Volume], overlap: Overlap) -> Prepared:
         """The channels of one scan, made ready."""
 
     @abstractmethod
@@ -72,7 +81,7 @@ class TrainedModel:
         self,
         scans: Sequence[Volume],
         *,
-        overlap: float = 0.5,
+        overlap: Overlap | None = None,
         mirror: bool = True,
         batch_size: int = 1,
         max_ram: int | None = None,
@@ -83,7 +92,7 @@ class TrainedModel:
 
         Args:
             scans: one Volume per channel that the model was trained on, all on one grid; or one with all channels.
-            overlap: of neighbouring windows, in [0, 1).
+            overlap: of neighbouring windows, in [0, 1); None: the model's own.
             mirror: average over flips along the axes that the model allows.
             batch_size: windows per call of a network.
             max_ram: most bytes that the process may hold; ValueError beforehand if it cannot be kept.
@@ -96,11 +105,17 @@ class TrainedModel:
         >>> model = importers.load("Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres")
         >>> labels = model.predict([convoxel.volume.read("liver_0000.nii.gz")])
         """
-        split = self.check(scans)
-        grid, ready = split[0], self.recipe.prepare(split, overlap)
-        maps = (
-            None if probabilities is None else Probabilities(grid, ready, self.recipe.regions, probabilities)
-        )
+        split, recipe = self.check(scans), self.recipe
+        overlap = recipe.overlap if overlap is None else overlap
+        grid, ready = split[0], recipe.prepare(split, overlap)
+        maps = None if probabilities is None else Probabilities(grid, ready, recipe.regions, probabilities)
+        masks = Masks(grid, ready) if recipe.masks else None
+        takers = [part.add for part in (maps, masks) if part is not None]
+
+        def take(where: tuple[slice, slice, slice], scores: NDArray[np.float32]) -> None:
+            for add in takers:
+                add(where, scores)
+
         labels = predict_on_grid(
             self.networks,
             ready.image,
@@ -110,14 +125,18 @@ class TrainedModel:
             weights=ready.weights,
             axes=ready.axes,
             batch_size=batch_size,
-            mirror_axes=self.recipe.mirror_axes if mirror else (),
-            regions=self.recipe.regions,
+            mirror_axes=recipe.mirror_axes if mirror else (),
+            regions=recipe.regions,
             max_ram=max_ram,
-            scores=None if maps is None else maps.add,
+            activation=ready.activation,
+            scores=take if takers else None,
+            held=math.prod(grid.grid_shape),
             progress=progress,
         )
         if maps is not None:
             maps.write()
+        if masks is not None:
+            return grid.like(masks.whole)
         whole = np.zeros(grid.grid_shape, labels.dtype)
         ready.frame(whole)[...] = labels
         return grid.like(whole)
@@ -125,6 +144,20 @@ class TrainedModel:
     def check(self, scans: Sequence[Volume]) -> list[Volume]:
         """The scan as one Volume per channel; ValueError if it is not what the model was trained on."""
         return check_scans(scans, self.recipe.channels)
+
+
+class Masks:
+    """One mask (0, 1) per region, (K, D, H, W): regions that overlap, kept apart."""
+
+    whole: NDArray[np.uint8]
+
+    def __init__(self, scan: Volume, ready: Prepared) -> None:
+        self.scan, self.ready = scan, ready
+
+    def add(self, where: tuple[slice, ...], scores: NDArray[np.float32]) -> None:
+        if not hasattr(self, "whole"):
+            self.whole = np.zeros((scores.shape[-1], *self.scan.grid_shape), np.uint8)
+        self.ready.frame(self.whole)[tuple([slice(None), *where])] = np.moveaxis(scores > 0, -1, 0)
 
 
 class Probabilities:
@@ -141,7 +174,8 @@ class Probabilities:
 
     def add(self, where: tuple[slice, ...], logits: NDArray[np.float32]) -> None:
         """logits (d, h, w, K) of a region of the labels' frame."""
-        p = probabilities_of(logits, self.regions is not None)
+        of = self.ready.probability
+        p = probabilities_of(logits, self.regions is not None) if of is None else of(logits)
         if self.whole is None:
             self.whole = self._blank(p.shape[-1])
             self.view = self.ready.frame(self.whole)

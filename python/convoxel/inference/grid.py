@@ -37,6 +37,7 @@ def predict_on_grid(
     regions: Sequence[int] | None = None,
     max_ram: int | str | None = None,
     scratch: str | os.PathLike[str] | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
     scores: Take | None = None,
     held: int = 0,
     progress: bool = False,
@@ -64,6 +65,8 @@ def predict_on_grid(
         max_ram: most bytes that this process may hold, a number or "4GB". What will be needed is worked out
             beforehand, a few batches being run to measure the network; if it is more, nothing else is run.
         scratch: a folder for rows of the blend that `max_ram` has no room for; None: none may be used.
+        activation: (n, W, K) float32 -> the same: what becomes of finished logits before they are brought to the
+            output's grid, softmax for models whose probabilities are resampled. None: they stay logits.
         scores: called with the region of the output and its logits (d, h, W', K) for every block that is done: whole
             lines along the last axis.
         held: bytes that the caller will take meanwhile (for `scores`), for the forecast.
@@ -101,7 +104,7 @@ def predict_on_grid(
         rows = plan.rows() if plans is None else plans.rows
         aside = Path(scratch) if scratch is not None and rows < plan.rows() else None
         with _bar(plan.windows, progress) as advance:
-            result = Walk(network, plan, blend, regions, scores, rows, aside).run(advance)
+            result = Walk(network, plan, blend, regions, scores, rows, aside, activation).run(advance)
         if plans is not None:
             _say(progress, f"convoxel: peak memory was {size(peak_memory())}")
     return result

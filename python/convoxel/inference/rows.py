@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from .plan import Band, Plan, box, here
 
 LARGEST, LAST_POSITIVE, SCORES = 0, 1, 2  # kernels.h numbers them
 _NOWHERE = -1
+_SOME = 8 << 20  # bytes of rows that are changed at a time
 
 
 def row_bytes(plan: Plan, classes: int) -> int:
@@ -107,6 +108,14 @@ class Rows:
         return _C.score_divide(
             self.plan.size[2], self.classes, rows.size, rows.ctypes.data, runtime.threads()
         )
+
+    def apply(self, band: Band, change: Callable[[Tensor], Tensor]) -> None:
+        """Finished rows become change(rows), (n, W, K) -> (n, W, K), some at a time."""
+        w, k = self.plan.size[2], self.classes
+        slots = torch.from_numpy(self._slots[box(band.finished)].ravel())
+        for some in slots.split(max(1, _SOME // self._bytes)):
+            logits = self._memory[some, : w * k].view(-1, w, k)
+            self._memory[some, : w * k] = change(logits).reshape(len(some), -1)
 
     def output(self, z: range, y: range, kind: int, values: NDArray[np.int32],
                dtype: np.dtype[np.generic]) -> NDArray[np.generic]:  # fmt: skip

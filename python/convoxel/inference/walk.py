@@ -30,7 +30,8 @@ class Walk:
     kind: int
 
     def __init__(self, network: Network, plan: Plan, weights: Tensor, regions: Sequence[int] | None,
-                 scores: Take | None, rows: int, scratch: Path | None) -> None:  # fmt: skip
+                 scores: Take | None, rows: int, scratch: Path | None,
+                 activation: Callable[[Tensor], Tensor] | None = None) -> None:  # fmt: skip
         self.network, self.plan, self.weights, self.regions, self.scores = (
             network,
             plan,
@@ -38,7 +39,7 @@ class Walk:
             regions,
             scores,
         )
-        self.capacity, self.scratch, self.begun = rows, scratch, False
+        self.capacity, self.scratch, self.begun, self.activation = rows, scratch, False, activation
 
     def run(self, advance: Callable[[int], object]) -> NDArray[Any]:
         """Labels; `advance` is told of every window."""
@@ -95,6 +96,8 @@ class Walk:
         """What is finished after a band: divided, read by the output, given up."""
         if not self.rows.divide(band):
             raise ValueError("predict_labels: the model's logits are NaN; check its weights and the input")
+        if self.activation is not None:
+            self.rows.apply(band, self.activation)
         z, y = (range(*span) for span in band.output)
         if z and y:
             block = self.rows.output(z, y, self.kind, self.values, self.labels.dtype)

@@ -9,12 +9,13 @@ labelled   label maps resized
 from .crop import filled, nonzero_box, padding
 from .intensity import SCHEMES, Intensities, normalise
 from .labelled import resize_labels
-from .splines import nearest, resize
+from .splines import interpolate, nearest, resize
 
 __all__ = [
     "SCHEMES",
     "Intensities",
     "filled",
+    "interpolate",
     "nearest",
     "nonzero_box",
     "normalise",

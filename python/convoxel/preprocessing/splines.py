@@ -63,7 +63,25 @@ def resize(
 
 def _whole(image: NDArray[Any], out: NDArray[np.float32], order: int) -> None:
     """The first axis by slabs, then the planes of each."""
-    down, rows, columns = (matrix(n, m, order) for n, m in zip(image.shape, out.shape, strict=True))
+    _multiply(image, out, [matrix(n, m, order) for n, m in zip(image.shape, out.shape, strict=True)])
+
+
+def interpolate(image: NDArray[Any], positions: Sequence[Any]) -> NDArray[np.float32]:
+    """(C, D, H, W) -> (C, D', H', W') float32: linear between voxels, at positions (D',), (H',), (W',) in voxels; the
+    edge continues.
+
+    >>> interpolate(np.arange(3.0).reshape(1, 1, 1, 3), ([0.0], [0.0], [-1.0, 0.5, 2.0]))
+    array([[[[0. , 0.5, 2. ]]]], dtype=float32)
+    """
+    out = np.empty((len(image), *map(len, positions)), np.float32)
+    matrices = [_linear(np.asarray(u), n) for u, n in zip(positions, image.shape[1:], strict=True)]
+    for channel, target in zip(image, out, strict=True):
+        _multiply(channel, target, matrices)
+    return out
+
+
+def _multiply(image: NDArray[Any], out: NDArray[np.float32], matrices: Sequence[Tensor]) -> None:
+    down, rows, columns = matrices
     low, high = float(image.min()), float(image.max())
     for first, last, near, weights in _slabs(down, image[0].size * 8):
         part = _double(image[near])
@@ -111,14 +129,17 @@ def matrix(old: int, new: int, order: int) -> Tensor:
     if old == new:
         return torch.eye(old, dtype=torch.float64)
     if order < 3:
-        u = np.clip(_positions(old, new), 0, old - 1)
-        low = nearest(old, new) if order == 0 else np.floor(u).astype(int)
-        t = np.zeros(new) if order == 0 else u - low
-        matrix = np.zeros((new, old))
-        np.add.at(matrix, (np.arange(new), low), 1 - t)
-        np.add.at(matrix, (np.arange(new), np.minimum(low + 1, old - 1)), t)
-        return torch.from_numpy(matrix)
+        return _linear(nearest(old, new) if order == 0 else _positions(old, new), old)
     return torch.from_numpy(_cubic(old, new))
+
+
+def _linear(u: NDArray[Any], old: int) -> Tensor:
+    u = np.clip(u, 0, old - 1)
+    low = np.floor(u).astype(int)
+    matrix = np.zeros((len(u), old))
+    np.add.at(matrix, (np.arange(len(u)), low), 1 - (u - low))
+    np.add.at(matrix, (np.arange(len(u)), np.minimum(low + 1, old - 1)), u - low)
+    return torch.from_numpy(matrix)
 
 
 def _cubic(old: int, new: int) -> NDArray[np.float64]:
