@@ -103,10 +103,10 @@ def small(names: list[str], store: bool) -> None:
 
 
 def large(classes: int) -> None:
-    """A CT of 160 x 320 x 320 at (2, 1, 1) mm, a network for (1.5, 1.5, 1.5) mm, no mirroring."""
+    """A CT of 128 x 256 x 256 at (2, 1, 1) mm, a network for (1.5, 1.5, 1.5) mm, no mirroring."""
     labels = {"background": 0, **{f"organ {i}": i for i in range(1, classes)}}
     plan = nnunet_model.plans(spacing=(1.5, 1.5, 1.5), patch_size=(64, 64, 64))
-    case = nnunet_model.Case(plan, nnunet_model.dataset(labels=labels), mirror=None, shape=(160, 320, 320),
+    case = nnunet_model.Case(plan, nnunet_model.dataset(labels=labels), mirror=None, shape=(128, 256, 256),
                              spacing=(2.0, 1.0, 1.0))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model, files = case.make(Path(folder))

@@ -36,7 +36,7 @@ from ..preprocessing import (
 )
 from ..preprocessing.splines import ORDERS
 from ..volume import Volume
-from .trained import Frame, Overlap, Prepared, Recipe, check_size, stack
+from .trained import Frame, Overlap, Prepared, Recipe, check_size
 
 READERS = {  # nnU-Net's reader: the orientation that it turns scans to
     "SimpleITKIO": None,
@@ -197,11 +197,12 @@ class NnunetRecipe(Recipe):
     def on_grid(self, scans: Sequence[Volume]) -> OnGrid:
         """The channels of one scan, all on one grid, brought to the network's: the same for training and prediction."""
         turned = [scan.reorient(READERS[self.reader] or scan.orientation) for scan in scans]
-        whole = stack(turned).transpose(0, *(1 + axis for axis in self.transpose))
-        box = nonzero_box(whole)
-        image: NDArray[np.float32] = np.ascontiguousarray(whole[:, box[0], box[1], box[2]])
-        cropped = image.shape[1:]
-        del whole
+        arrays = [scan.array.transpose(self.transpose) for scan in turned]
+        box = nonzero_box(arrays)
+        cropped = arrays[0][box].shape
+        image = np.empty((len(arrays), *cropped), np.float32)  # only what is left becomes float
+        for channel, array in zip(image, arrays, strict=True):
+            channel[:] = array[box]
         self._normalise(image)
         spacing = [turned[0].spacing[axis] for axis in self.transpose]
         target = [*spacing[: 3 - len(self.spacing)], *self.spacing]

@@ -11,23 +11,24 @@ from numpy.typing import NDArray
 Box = tuple[slice, slice, slice]
 
 
-def nonzero_box(image: NDArray[Any]) -> Box:
+def nonzero_box(image: Sequence[NDArray[Any]] | NDArray[Any]) -> Box:
     """The smallest box outside of which every channel is 0; the whole image if it is 0 everywhere.
 
-    image: (C, D, H, W). Holes inside do not matter to a box.
+    image: (C, D, H, W), or C arrays (D, H, W). Holes inside do not matter to a box.
 
     >>> image = np.zeros((1, 4, 5, 6))
     >>> image[0, 1:3, 2, 5] = 7
     >>> nonzero_box(image)
     (slice(1, 3, None), slice(2, 3, None), slice(5, 6, None))
     """
-    rows, depth = np.zeros(image.shape[2:], bool), np.zeros(image.shape[1], bool)
-    for z in range(image.shape[1]):  # by planes: no mask of the whole scan
-        here = (image[:, z] != 0).any(0)
+    d, h, w = image[0].shape
+    rows, depth = np.zeros((h, w), bool), np.zeros(d, bool)
+    for z in range(d):  # by planes: no mask of the whole scan
+        here = np.logical_or.reduce([channel[z] != 0 for channel in image])
         depth[z] = here.any()
         rows |= here
     if not depth.any():
-        return slice(0, image.shape[1]), slice(0, image.shape[2]), slice(0, image.shape[3])
+        return slice(0, d), slice(0, h), slice(0, w)
     return _extent(depth), _extent(rows.any(1)), _extent(rows.any(0))
 
 

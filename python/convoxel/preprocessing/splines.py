@@ -22,8 +22,9 @@ from torch import Tensor
 
 ORDERS = (0, 1, 3)
 _RIM = 12  # scipy's: the cubic spline's memory of the edge is 0.27^12 = 1e-7 there
-_NOTHING = 1e-17  # entries of M below this do not change a float64 sum
-_SLAB = 32 << 20  # bytes of a slab's input in float64
+_NOTHING = 1e-14  # entries of M below this do not change a float32 result; 25 voxels away
+_SLAB = 64 << 20  # bytes of a slab's input in float64, if that is
+_ROWS = 16  # rows of the output or more: each slab reads 50 rows of the input again
 
 
 def resize(
@@ -117,7 +118,9 @@ def _slabs(matrix: Tensor, row_bytes: int) -> Iterator[tuple[int, int, slice, Te
     first = 0
     while first < len(matrix):
         last = first + 1
-        while last < len(matrix) and int(end[last] - begin[first]) * row_bytes <= _SLAB:
+        while last < len(matrix) and (
+            last - first < _ROWS or int(end[last] - begin[first]) * row_bytes <= _SLAB
+        ):
             last += 1
         near = slice(int(begin[first:last].min()), int(end[first:last].max()))
         yield first, last, near, matrix[first:last, near]
