@@ -15,6 +15,9 @@ from convoxel.evaluation.structures import read_structures
 from convoxel.volume import Volume, VolumeError, read, write
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.7, 0.7), (0.5, 2.0, 1.25)]
+SUM_OF_AREAS = dict(
+    zip(SPACINGS, (241.3431397055, 410.4579985335, 370.0838105386), strict=True)
+)  # surface-distance 0.1
 SHAPES = [(9, 10, 11), (1, 15, 17), (12, 1, 9), (2, 3, 2), (1, 1, 7)]
 
 
@@ -42,15 +45,22 @@ def brute_surface(mask, spacing):
     return found
 
 
-def by_transform(a, b, spacing, tolerance):
-    """HD95 and surface Dice with scipy's distance transform and sorting, from brute-force surfaces."""
+def by_transform(a, b, spacing, tolerance, unknown=None):
+    """HD95 and surface Dice with scipy's distance transform and sorting, from brute-force surfaces.
+
+    Elements beside an unknown voxel have no say.
+    """
+    doubtful = np.zeros([n + 1 for n in a.shape], bool)
+    for corner in itertools.product((0, 1), repeat=3) if unknown is not None else ():
+        doubtful[tuple(slice(c, c + n) for c, n in zip(corner, a.shape, strict=True))] |= unknown
     sides = []
     for mine, other in ((a, b), (b, a)):
         outside = np.ones([n + 1 for n in a.shape], bool)
         for corner, _ in brute_surface(other, spacing):
             outside[corner] = False
         far = ndimage.distance_transform_edt(outside, sampling=spacing)
-        sides.append(sorted((far[corner], area) for corner, area in brute_surface(mine, spacing)))
+        elements = [(far[c], area) for c, area in brute_surface(mine, spacing) if not doubtful[c]]
+        sides.append(sorted(elements))
     percentiles = []
     for side in sides:
         total, sum_ = sum(area for _, area in side), 0.0
@@ -76,6 +86,7 @@ def test_areas_of_neighbourhoods(spacing):
     assert table[[1 << bit for bit in range(8)]] == pytest.approx(corner)
     assert table[0b10000001] == pytest.approx(2 * corner)
     assert table == pytest.approx(table[::-1])
+    assert table.sum() == pytest.approx(SUM_OF_AREAS[spacing])
 
 
 def test_area_of_a_ball_and_of_a_disc():
@@ -163,7 +174,7 @@ def test_a_shift_is_as_long_as_it_is_in_mm(axis):
 def test_a_tolerance_of_one_voxel_holds_for_a_spacing_in_float32():
     block = np.zeros((8, 8, 8), np.uint8)
     block[2:5, 2:5, 2:5] = 1
-    truth = Volume(block, (float(np.float32(0.7)) + 1e-8,) * 3)
+    truth = Volume(block, (0.7 + 1e-8,) * 3)
     assert evaluation.scores(truth.like(np.roll(block, 1, 0)), truth, 1, tolerance=0.7)["surface_dice"] == 1
 
 
@@ -236,15 +247,15 @@ def test_what_is_ignored_counts_nowhere(truth):
     assert found["dice"] == evaluation.scores(truth.like(prediction), truth, 1)["dice"]
 
 
-def test_the_border_of_what_is_ignored_is_no_surface(truth):
-    """A truth cut off by it, and a prediction cut off elsewhere along it, differ nowhere that counts."""
-    array = truth.array.copy()
-    array[:, :, 10:] = 9
-    longer = truth.array.copy()
-    longer[1:8, 1:18, 10:] = 1  # much wider, but only where nothing counts
-    found = evaluation.scores(truth.like(longer), truth.like(array), 1, ignore=9)
-    assert (found["dice"], found["hd95_mm"], found["surface_dice"]) == (1, 0, 1)
-    assert evaluation.scores(truth.like(longer), truth.like(array), 1)["hd95_mm"] > 3
+@pytest.mark.parametrize("seed", range(4))
+def test_the_border_of_what_is_ignored_is_no_surface(seed):
+    rng, shape, spacing = np.random.default_rng(seed), (9, 10, 11), (2.0, 1.0, 1.0)
+    t, p, unknown = (blobs(rng, shape, level) for level in (0.5, 0.6, 0.8))
+    truth = Volume(np.where(unknown, 9, t).astype(np.uint8), spacing)
+    found = evaluation.scores(truth.like(p.astype(np.uint8)), truth, 1, tolerance=1.0, ignore=9)
+    expected = by_transform(t & ~unknown, p & ~unknown, spacing, 1.0, unknown)
+    assert (found["hd95_mm"], found["surface_dice"]) == pytest.approx(expected)
+    assert expected != by_transform(t & ~unknown, p & ~unknown, spacing, 1.0)
 
 
 def test_surfaces_that_lie_in_what_is_ignored_have_no_score():
@@ -398,6 +409,20 @@ def test_a_false_structure_loses_against_a_model_that_rightly_predicts_none(tmp_
     assert (hd95.n, hd95.losses, hd95.difference) == (2, 1, pytest.approx(math.hypot(20, 24, 24) / 2))
     volume = evaluation.evaluate(right, truth, against=invents).comparison["1"]["volume_error_ml"]
     assert (volume.wins, volume.losses) == (1, 0)
+
+
+def test_a_model_whose_surface_cannot_be_judged_is_not_given_the_best_score(tmp_path):
+    """The one predicts the structure within what is ignored, the other also something wrong elsewhere."""
+    array = np.zeros((10, 24, 24))
+    array[2:7, 2:7, 2:7] = 2
+    array[4, 4, 4] = 1
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1, "ignore": 2}}))
+    truth = folder(tmp_path / "labelsTs", {"case": array})
+    inside = folder(tmp_path / "inside", {"case": array == 1})
+    array[8, 20, 20] = 1
+    outside = folder(tmp_path / "outside", {"case": array == 1})
+    found = evaluation.evaluate(inside, truth, against=outside).comparison["a"]
+    assert (found["dice"].n, found["dice"].wins, found["hd95_mm"].n) == (1, 1, 0)
 
 
 def test_volume_errors_are_compared_by_their_size(tmp_path):
