@@ -20,15 +20,16 @@ namespace {
 typedef uintptr_t Pointer;
 
 // (N, C, K, groups, then per axis D, H, W: in, out, kernel, stride, padding, dilation, then x_last, y_last, the
-// channels of x's parts, the algorithm, a tile's extents)
-typedef std::array<int64_t, 32> ConvNumbers;
+// channels of x's parts, w_last, w_float, the algorithm, a tile's extents)
+typedef std::array<int64_t, 34> ConvNumbers;
 
 ConvGeometry geometry(const ConvNumbers& n) {
-  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, {}, ConvAlgorithm(n[28]), {}};
+  ConvGeometry g{n[0], n[1], n[2], n[3], {}, n[22] != 0, n[23] != 0, {}, n[28] != 0, n[29] != 0, ConvAlgorithm(n[30]),
+                 {}};
   for (int i = 0; i < kMostParts; ++i) g.parts[i] = n[24 + i];
   for (int a = 0; a < kAxes; ++a) {
     const int64_t* p = &n[4 + 6 * a];
-    g.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]}, g.tile[a] = int(n[29 + a]);
+    g.axis[a] = {p[0], p[1], p[2], p[3], p[4], p[5]}, g.tile[a] = int(n[31 + a]);
   }
   return g;
 }
@@ -73,7 +74,8 @@ void bind_conv(py::module_& m, const char* name, ConvFunction (*function)(const 
 
 const ConvCorrelate& correlate(const ConvGeometry& g, int dtype) {
   const Kernels& k = active_isa();
-  const ConvCorrelate* of[] = {k.conv_direct, k.conv_winograd, k.conv_depthwise, k.conv_columns, k.conv_amx};
+  const ConvCorrelate* of[] = {k.conv_direct,  k.conv_winograd, k.conv_depthwise,
+                               k.conv_columns, k.conv_amx,      k.conv_voxels};
   return of[g.algorithm][dtype];
 }
 

@@ -10,7 +10,7 @@ namespace convoxel {
 struct ConvCall {
   ConvGeometry g;
   void* x[kMostParts];  // [N, C, D, H, W], or its parts, where the algorithm takes some: direct, Winograd, AMX
-  void* w;              // [K, C / groups, KD, KH, KW], contiguous
+  void* w;              // [K, C / groups, KD, KH, KW], contiguous where it is written
   void* b;              // [K] (forward, bias_grad), [C] (input_grad); nullptr: none
   void* y;              // [N, K, OD, OH, OW]
   void* scratch;
@@ -232,7 +232,8 @@ struct Kernels {
   const ConvCorrelate* conv_winograd;
   const ConvCorrelate* conv_depthwise;
   const ConvCorrelate* conv_columns;
-  const ConvCorrelate* conv_amx;       // bfloat16 on the ISA amx alone: elsewhere its functions are nullptr
+  const ConvCorrelate* conv_amx;  // bfloat16 on the ISA amx alone: elsewhere its functions are nullptr
+  const ConvCorrelate* conv_voxels;
   const ConvKernel* conv_weight_grad;  // w = H(x, y)
   const ConvKernel* conv_winograd_weight;
   const ConvKernel* conv_depthwise_weight;

@@ -156,6 +156,6 @@ def test_route(text: str, algorithm: str) -> None:
 
 def test_an_instruction_set_without_tiles_refuses_them_in_words() -> None:
     convoxel.set_isa("avx512")
-    geometry = [*arguments(Problem.parse("conv n1 c1 k1 i1 f1"))[1][:22], 0, 0, 1, 0, 0, 0, 4, 0, 0, 0]
+    geometry = [*arguments(Problem.parse("conv n1 c1 k1 i1 f1"))[1][:22], 0, 0, 1, 0, 0, 0, 0, 0, 4, 0, 0, 0]
     with pytest.raises(ValueError, match="avx512 has no such algorithm"):
         convoxel._C.conv_forward_scratch(1, geometry, 1)

@@ -23,7 +23,7 @@ def _direct() -> None:
     convoxel.set_conv_algorithm("direct")
 
 
-@pytest.fixture(params=["direct", "columns"])
+@pytest.fixture(params=["direct", "columns", "voxels"])
 def algorithm(request: pytest.FixtureRequest) -> str:
     """Runs the test with each algorithm that is exact on integers and takes everything."""
     convoxel.set_conv_algorithm(request.param)

@@ -13,7 +13,8 @@ constexpr int64_t kSpaceItems = 32;           // cut space at least this fine, o
 constexpr int64_t kFewProducts = 1 << 24;     // 30 us on one core: below it no team
 
 struct Plan {
-  bool transposed;  // G
+  bool transposed;       // G
+  bool w_last, w_float;  // as ConvGeometry has them
   int64_t N, C, K, blocks, pairs, taps;
   Axis axis[kAxes];
   bool by_taps[kAxes], flat;  // flat: positions of a tile run on over the ends of rows along W
@@ -81,7 +82,7 @@ inline void count_items(Plan& p) {
 
 inline Plan make_plan(const ConvGeometry& g, bool transposed) {
   Plan p{};
-  p.transposed = transposed, p.N = g.N, p.taps = 1;
+  p.transposed = transposed, p.w_last = g.w_last, p.w_float = g.w_float, p.N = g.N, p.taps = 1;
   p.C = transposed ? g.K : g.C, p.K = transposed ? g.C : g.K;
   p.blocks = ceil_div(p.C, kChannels), p.pairs = ceil_div(p.K, kOutputs);
   for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;

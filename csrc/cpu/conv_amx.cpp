@@ -8,6 +8,7 @@
 // of a Sapphire Rapids at 0.8 of the peak for 32 input channels and 0.7 for more. Tried without gain: passes whose
 // weights stay in L1 (the sums then move instead), tiles of 3 x 2, 4 x 1 and 6 x 1, weights prefetched to L1.
 #include "amx_plan.h"
+#include "amx_weights.h"
 #include "conv_moments.h"
 #include "tables.h"
 
@@ -15,58 +16,6 @@ namespace convoxel {
 namespace {
 
 #if defined(__AMX_BF16__)
-
-// Weights: [pair of blocks of k][block of c][tap][block of k][pair of c][k][c of the pair], taps flipped for G ---
-
-// columns[j][16] = the elements j < n of `rows` rows, `step` apart.
-inline void gather_columns(const bfloat16* src, int64_t step, int64_t rows, int64_t n, uint16_t* columns) {
-  for (int64_t j = 0; j < n; j += 32, columns += 32 * kRows) {
-    __mmask32 some = first_lanes(n - j);
-    Words r[kRows];
-    for (int64_t i = 0; i < kRows; ++i)
-      r[i] = i < rows ? (Words)_mm512_maskz_loadu_epi16(some, src + i * step + j) : Words{};
-    transpose_block<float>(r);
-    for (int i = 0; i < kRows && j + 2 * i < n; ++i) {
-      VecU16 even = __builtin_convertvector((VecU32)r[i], VecU16),
-             odd = __builtin_convertvector((VecU32)r[i] >> 16, VecU16);
-      __builtin_memcpy(columns + 2 * i * kRows, &even, sizeof even);
-      __builtin_memcpy(columns + (2 * i + 1) * kRows, &odd, sizeof odd);
-    }
-  }
-}
-
-inline int64_t column_elements(const Plan& p) { return kChannels * round_up(p.taps, 32) * kRows; }
-
-inline void pack_weights(const Plan& p, const bfloat16* w, bfloat16* panel, uint16_t* columns, int64_t per_thread,
-                         int threads) {
-  int64_t k_step = (p.transposed ? 1 : p.C) * p.taps, c_step = (p.transposed ? p.K : 1) * p.taps;
-  parallel_for(threads, p.pairs * p.blocks, [&](int64_t item, int thread) {
-    uint16_t* mine = columns + thread * per_thread;
-    int64_t k0 = item / p.blocks * kOutputs, c0 = item % p.blocks * kChannels, channels = min(kChannels, p.C - c0);
-    bfloat16* to = panel + item * p.taps * kStepWeights;
-    for (int64_t k = k0; k < k0 + kOutputs; k += kRows, to += kRows * kChannels) {
-      const bfloat16* from = w + k * k_step + c0 * c_step;
-      int64_t rows = min(kRows, p.K - k), column = p.taps * kRows;
-      if (!p.transposed) gather_columns(from, k_step, rows, channels * p.taps, mine);
-      else {
-        column = round_up(p.taps, 32) * kRows;
-        for (int64_t c = 0; c < channels; ++c)
-          gather_columns(from + c * c_step, k_step, rows, p.taps, mine + c * column);
-      }
-      for (int64_t c = 0; c < kChannels; c += 2)
-        for (int64_t t = 0; t < p.taps; ++t) {
-          auto column_of = [&](int64_t at) {
-            VecU16 v{};
-            if (at < channels) __builtin_memcpy(&v, mine + at * column + t * kRows, sizeof v);
-            return v;
-          };
-          int64_t tap = p.transposed ? p.taps - 1 - t : t;
-          Words pairs = interleave(column_of(c), column_of(c + 1));
-          __builtin_memcpy(to + tap * kStepWeights + c * kRows, &pairs, sizeof pairs);
-        }
-    }
-  });
-}
 
 // One item ------------------------------------------------------------------------------------------
 
@@ -263,7 +212,8 @@ inline void correlate(const Plan& p, const Joined<bfloat16>& x, const bfloat16* 
   bfloat16* panel = take<bfloat16>(scratch, panel_elements(p));
   float* bias = take<float>(scratch, p.pairs * kOutputs);
   uint16_t* columns = take<uint16_t>(scratch, column_elements(p) * threads);
-  pack_weights(p, w, panel, columns, column_elements(p), threads);
+  if (p.w_float) pack_weights(p, reinterpret_cast<const float*>(w), panel, columns, column_elements(p), threads);
+  else pack_weights(p, w, panel, columns, column_elements(p), threads);
   zero(bias, p.pairs * kOutputs);
   if (b) convert(b, bias, p.K);
   bool stream = streams(p, y);

@@ -17,7 +17,7 @@ using PixelBlocks = ChannelBlocks<A>;
 constexpr int64_t kWalk = 4 * kChain;  // along w, before the next rows: long enough for the hardware to see it
 constexpr int64_t kGathered = 16;      // channels of x that an item makes columns of
 
-// X as [group][block of voxels][C * taps][voxel].
+// X as [group][block of voxels][C * taps, as in w][voxel].
 template <class S, class A>
 void gather_columns(const Columns& p, const PixelBlocks<A>& blocks, const View<S>& x, const int32_t* index, A* columns,
                     A* scratch, int64_t per_thread, int threads) {
@@ -30,10 +30,12 @@ void gather_columns(const Columns& p, const PixelBlocks<A>& blocks, const View<S
       const A* plane = planes + c * p.plane;
       planes[c * p.plane + p.plane - 1] = 0;
       for (int64_t b = 0; b < blocks.count; ++b) {
-        A* to = columns + (group * width + b * blocks.width) * p.J + (c0 + c) * p.taps * blocks.padded_width(b);
+        A* block = columns + (group * width + b * blocks.width) * p.J;
         const int32_t* at = index + b * blocks.width;
-        for (int64_t t = 0; t < p.taps; ++t, to += blocks.padded_width(b), at += width)
+        for (int64_t t = 0; t < p.taps; ++t, at += width) {
+          A* to = block + p.row(c0 + c, t, p.C) * blocks.padded_width(b);
           for (int64_t i = 0; i < blocks.padded_width(b); ++i) to[i] = plane[at[i]];
+        }
       }
     }
   });
@@ -97,10 +99,14 @@ void forward(const ConvCall& call) {
     int64_t block = item % blocks.count, part = item / blocks.count % parts, group = item / blocks.count / parts;
     Range k = piece(p.K, parts, part);
     int64_t rows = k.end - k.begin, width = blocks.padded_width(block);
-    const S* from = w + (group * p.K + k.begin) * p.J;
+    int64_t first = (group * p.K + k.begin) * p.J;
     const A* weights;
-    if constexpr (same) weights = from;
-    else convert(from, tile + kRowsPerItem * blocks.width, rows * p.J), weights = tile + kRowsPerItem * blocks.width;
+    if constexpr (same) {
+      weights = w + first;
+    } else {
+      weights = tile + kRowsPerItem * blocks.width;
+      read_weights(w, p.w_float, first, tile + kRowsPerItem * blocks.width, rows * p.J);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       A bias = b ? to_compute(b[group * p.K + k.begin + r]) : A(0);
       for (int64_t i = 0; i < width; ++i) tile[r * width + i] = bias;
@@ -194,8 +200,10 @@ void input_grad(const ConvCall& call) {
     A *weights = own + thread * size.per_thread, *tile = weights + size.weights, *planes = tile + size.tile;
     int64_t group = item / parts, c0 = item % parts * size.channels, channels = min(size.channels, p.C - c0);
     int64_t rows = channels * p.taps;
-    const S* from = w + group * p.K * p.J + c0 * p.taps;
-    for (int64_t k = 0; k < p.K; ++k) convert(from + k * p.J, weights + k * rows, rows);
+    int64_t runs = p.w_last ? p.taps : 1, run = rows / runs;  // that lie side by side
+    for (int64_t k = 0; k < p.K; ++k)
+      for (int64_t r = 0; r < runs; ++r)
+        read_weights(w, p.w_float, (group * p.K + k) * p.J + p.row(c0, r, p.C), weights + k * rows + r * run, run);
     for (int64_t c = 0; c < channels; ++c) {
       A bias = b ? to_compute(b[group * p.C + c0 + c]) : A(0);
       for (int64_t i = 0; i < p.plane; ++i) planes[c * p.plane + i] = bias;
@@ -206,11 +214,13 @@ void input_grad(const ConvCall& call) {
         multiply_transposed<A, V()>(weights, rows, p.K, dy + (group * blocks.padded() + block * blocks.width) * p.K,
                                     tile);
       });
-      for (int64_t row = 0; row < rows; ++row) {
-        A* plane = planes + row / p.taps * p.plane;
-        const int32_t* at = index + row % p.taps * p.pixels + block * blocks.width;
-        for (int64_t i = 0; i < blocks.used(block); ++i) plane[at[i]] += tile[row * width + i];
-      }
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t t = 0; t < p.taps; ++t) {
+          A* plane = planes + c * p.plane;
+          const A* from = tile + p.row(c, t, channels) * width;
+          const int32_t* at = index + t * p.pixels + block * blocks.width;
+          for (int64_t i = 0; i < blocks.used(block); ++i) plane[at[i]] += from[i];
+        }
     }
     write_rows(planes, p.plane, 0, p.N * p.in, p.in, group * p.C + c0, channels, x);
   });

@@ -2,7 +2,7 @@
 // of small batches): w [K, C * taps] is read where it lies, once, as one factor of a matrix product. The other is
 // columns of x: for each output voxel its C * taps inputs.
 #pragma once
-#include "conv_tile.h"
+#include "conv_weights.h"
 #include "gemm.h"
 
 namespace convoxel {
@@ -16,10 +16,14 @@ struct Columns {
   int64_t in, out, pixels;        // voxels of an image of x and of y; of all images of y
   int64_t J;                      // C * taps: what one output sums over
   int64_t plane;                  // of one channel of x: all images, and one place for what lies outside
+  bool w_last, w_float;           // as ConvGeometry has them
+
+  // Where an output's product with tap t of channel c comes among J, of some channels: in the order of w.
+  int64_t row(int64_t c, int64_t t, int64_t channels) const { return w_last ? t * channels + c : c * taps + t; }
 };
 
 inline Columns make_columns(const ConvGeometry& g) {
-  Columns p{g.N, g.groups, g.C / g.groups, g.K / g.groups, 1, 1, 1, 0, 0, 0};
+  Columns p{g.N, g.groups, g.C / g.groups, g.K / g.groups, 1, 1, 1, 0, 0, 0, g.w_last, g.w_float};
   for (const ConvAxis& a : g.axis) p.taps *= a.kernel, p.in *= a.in, p.out *= a.out;
   p.pixels = p.N * p.out, p.J = p.C * p.taps, p.plane = p.N * p.in + 1;
   return p;

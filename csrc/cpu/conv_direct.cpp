@@ -20,6 +20,7 @@ namespace {
 
 struct Plan {
   bool transposed;          // G
+  bool w_last, w_float;     // as ConvGeometry has them
   int64_t N, groups, C, K;  // C: input channels, K: output channels, both per group
   int64_t channel_block, blocks_per_item;
   Axis axis[kAxes];
@@ -65,7 +66,7 @@ inline void count_items(Plan& p, int64_t blocks) {
 template <class A>
 Plan make_plan(const ConvGeometry& g, bool transposed) {
   Plan p{};
-  p.transposed = transposed;
+  p.transposed = transposed, p.w_last = g.w_last, p.w_float = g.w_float;
   p.N = g.N, p.groups = g.groups;
   p.C = (transposed ? g.K : g.C) / g.groups, p.K = (transposed ? g.C : g.K) / g.groups;
   p.channel_block = channel_block(p.C, g.axis[kH].kernel * g.axis[kW].kernel);
@@ -184,7 +185,8 @@ void correlate(const Plan& p, const Joined<S>& x, const S* w, const S* b, const 
                char* scratch, int threads) {
   ChannelBlocks<A> blocks(p.K);
   A* panel = take<A>(scratch, p.panel);
-  pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.channel_block}, blocks, w, panel, threads);
+  Weights weights{p.transposed, p.groups, p.C, p.K, p.taps, p.channel_block, p.w_last, p.w_float};
+  pack_weights(weights, blocks, w, panel, threads);
   constexpr bool same = std::is_same<S, A>::value;
   const View<S>& y0 = y.part[0];
   bool direct = same && y.one() && y.last();  // sums go straight to the output

@@ -331,8 +331,8 @@ template <class S, class A>
 void correlate(const Plan& p, const Joined<S>& x, const S* w, const S* b, const Joined<S>& y, const Slots& slots,
                char* scratch, int threads) {
   A* panel = take<A>(scratch, p.panel);
-  pack_weights(Weights{p.transposed, p.groups, p.C, p.K, p.taps, p.C}, ChannelBlocks<A>(p.K, p.block_vectors), w, panel,
-               threads);
+  Weights weights{p.transposed, p.groups, p.C, p.K, p.taps, p.C, p.w_last, p.w_float};
+  pack_weights(weights, ChannelBlocks<A>(p.K, p.block_vectors), w, panel, threads);
   if (p.weights_first) weights_first(p, x, panel, b, y, slots, scratch, threads);
   else regions_first(p, x, panel, b, y, slots, scratch, threads);
 }

@@ -1,5 +1,6 @@
-// Depthwise correlation with vectors of voxels along W, for contiguous tensors, few channels, several outputs of a
-// channel, and memory formats that differ.
+// Correlation with vectors of voxels along W: depthwise, for contiguous tensors, few channels, several outputs of a
+// channel, and memory formats that differ; dense, every output the sum of all sources, for few outputs
+// (conv_voxels.cpp).
 //
 // A tile of the source is packed with its padding, channel by channel; positions that a stride keeps apart are
 // sorted by residue, so that neighbours in the output are neighbours in the tile along every axis. Rows of the tile
@@ -8,6 +9,7 @@
 #pragma once
 #include <type_traits>
 
+#include "conv_weights.h"
 #include "depthwise.h"
 #include "depthwise_pack.h"
 
@@ -16,10 +18,14 @@ namespace {
 
 constexpr int kShared = kVectorBytes == 64 ? 12 : 8;  // outputs along D or H that are computed together
 constexpr int64_t kVoxelRow = 1024;                   // positions of a tile along W, at most
+constexpr int64_t kDenseRow = 64;                     // the same of many sources: room for depth and height instead
+constexpr int64_t kDenseBytes = 1024 * 1024;          // of a tile of all sources
+constexpr int64_t kDenseProducts = 96;                // of a chain: what few sources hold of a tile stays in L1
 
 struct VoxelPlan {
-  bool transposed;
-  int64_t N, outputs, sources, of_each;  // channels; of_each: sources of an output (G)
+  bool transposed, dense, w_last, w_float;  // the latter two as ConvGeometry has them, of dense ones
+  int64_t N, outputs, sources, of_each;     // channels; of_each: sources of an output (G, dense)
+  int64_t chain;                            // sources that are summed up before the next are read
   int64_t taps, channels, blocks, items;
   int shared_axis;
   int64_t tile, source_channels, out;  // elements of scratch: tile of one channel, ...
@@ -35,22 +41,24 @@ int64_t voxel_tile(const VoxelPlan& p) {
 }
 
 template <class A>
-VoxelPlan make_voxel_plan(const ConvGeometry& g, bool transposed) {
+VoxelPlan make_voxel_plan(const ConvGeometry& g, bool transposed, bool dense = false) {
   constexpr int64_t L = kLanes<A>;
   VoxelPlan p{};
-  p.transposed = transposed, p.N = g.N;
+  p.transposed = transposed, p.dense = dense, p.w_last = g.w_last, p.w_float = g.w_float, p.N = g.N;
   p.outputs = transposed ? g.C : g.K, p.sources = transposed ? g.K : g.C;
-  p.of_each = transposed ? g.K / g.C : 1;
+  p.of_each = dense ? p.sources : transposed ? g.K / g.C : 1;
   p.taps = 1;
   for (int a = 0; a < kAxes; ++a) p.axis[a] = make_axis(g.axis[a], transposed), p.taps *= g.axis[a].kernel;
-  p.channels = g.x_last || g.y_last ? min(L, p.outputs) : 1;
+  p.chain = dense ? min(p.of_each, max<int64_t>(1, kDenseProducts / p.taps)) : p.of_each;
+  p.channels = dense ? p.outputs : g.x_last || g.y_last ? min(L, p.outputs) : 1;
   p.blocks = ceil_div(p.outputs, p.channels);
   p.source_channels = transposed ? p.channels * p.of_each : (p.channels - 1) / (g.K / g.C) + 2;
   if (p.channels == 1 && !transposed) p.source_channels = 1;
+  if (dense) p.source_channels = p.sources;
   Axis *d = &p.axis[kD], *h = &p.axis[kH], *w = &p.axis[kW];
   d->tile = h->tile = 1;
-  w->tile = ceil_div(w->count, ceil_div(w->count, kVoxelRow));
-  int64_t room = max<int64_t>(kTileBytes / int64_t(sizeof(A)) / p.source_channels, 2048);
+  w->tile = ceil_div(w->count, ceil_div(w->count, dense ? kDenseRow : kVoxelRow));
+  int64_t room = max<int64_t>((dense ? kDenseBytes : kTileBytes) / int64_t(sizeof(A)) / p.source_channels, 2048);
   for (bool grown = true; grown;) {
     grown = false;
     for (Axis* a : {h, d}) {
@@ -96,6 +104,7 @@ struct VoxelRun {
   int64_t out_step, length;
   int64_t last;  // where the last vector begins, at most
   bool stream;   // past the caches
+  bool add;      // to what earlier sources gave
 };
 
 template <class A, int R, int GROUP>
@@ -104,7 +113,7 @@ __attribute__((noinline)) void correlate_run(const VoxelRun<A>& g, int64_t at) {
     int64_t i = min(begin, g.last);
     Vec<A> acc[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] = broadcast(g.bias);
+    for (int r = 0; r < R; ++r) acc[r] = broadcast(g.add ? A(0) : g.bias);
     const VoxelTap<A>* tap = g.taps;
     int64_t step = g.x_step;
     if constexpr (GROUP > 1) {
@@ -136,7 +145,7 @@ __attribute__((noinline)) void correlate_run(const VoxelRun<A>& g, int64_t at) {
       continue;
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r, out += g.out_step) store(out, acc[r]);
+    for (int r = 0; r < R; ++r, out += g.out_step) store(out, g.add ? load(out) + acc[r] : acc[r]);
   }
 }
 
@@ -151,36 +160,56 @@ struct VoxelItem {
   int64_t step[kAxes];  // of the packed tile
   const A *data, *w;    // the tile of the first source; weights [source, tap] of an output
   A bias;
-  VoxelTap<A>* taps;
+  VoxelTap<A>*one, *taps;  // of the first source; of those in a chain
   A* out;
   bool streams;
 };
 
 inline int group_of(int64_t taps) { return taps < 3 ? 1 : taps % 5 ? 3 : 5; }
 
-// Taps of one phase: groups along the shared axis first, then the rest.
+// Taps of one phase of the first source: groups along the shared axis first, then the rest. How many of either.
+struct TapCount {
+  int64_t groups, rest;
+};
+
 template <class S, class A>
-void list_taps(const VoxelItem<S, A>& it, const Phase* f, VoxelRun<A>& g, int group) {
+TapCount list_taps(const VoxelItem<S, A>& it, const Phase* f, int group) {
   const VoxelPlan& p = *it.p;
-  VoxelTap<A>* to = it.taps;
+  VoxelTap<A>* to = it.one;
+  TapCount n{};
   int shared = p.shared_axis;
   int64_t whole = group > 1 ? f[shared].taps / group * group : 0;
   for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t s = 0; s < p.of_each; ++s)
-      for (int64_t d = 0; d < f[kD].taps; ++d)
-        for (int64_t h = 0; h < f[kH].taps; ++h)
-          for (int64_t w = 0; w < f[kW].taps; ++w) {
-            int64_t k[kAxes] = {d, h, w}, x = s * p.tile, number = 0;
-            if (pass == 0 ? k[shared] >= whole || k[shared] % group : k[shared] < whole) continue;
-            for (int a = 0; a < kAxes; ++a) {
-              x += it.slots[a](origin(p.axis[a], it.tile[a], f[a]) + k[a] * it.tile[a].tap_step) * it.step[a];
-              number = number * p.axis[a].kernel + f[a].w_first + k[a] * p.axis[a].w_tap;
-            }
-            *to++ = {it.data + x, it.w + s * p.taps + number};
+    for (int64_t d = 0; d < f[kD].taps; ++d)
+      for (int64_t h = 0; h < f[kH].taps; ++h)
+        for (int64_t w = 0; w < f[kW].taps; ++w) {
+          int64_t k[kAxes] = {d, h, w}, x = 0, number = 0;
+          if (pass == 0 ? k[shared] >= whole || k[shared] % group : k[shared] < whole) continue;
+          for (int a = 0; a < kAxes; ++a) {
+            x += it.slots[a](origin(p.axis[a], it.tile[a], f[a]) + k[a] * it.tile[a].tap_step) * it.step[a];
+            number = number * p.axis[a].kernel + f[a].w_first + k[a] * p.axis[a].w_tap;
           }
-    if (pass == 0) g.groups = to - it.taps;
+          *to++ = {it.data + x, it.w + number};
+        }
+    if (pass == 0) n.groups = to - it.one;
   }
-  g.taps = it.taps, g.count = to - it.taps;
+  n.rest = to - it.one - n.groups;
+  return n;
+}
+
+// The taps of a chain of sources, from the first-th on.
+template <class S, class A>
+void take_chain(const VoxelItem<S, A>& it, const TapCount& n, int64_t first, VoxelRun<A>& g) {
+  int64_t end = min(first + it.p->chain, it.p->of_each);
+  VoxelTap<A>* to = it.taps;
+  auto take = [&](const VoxelTap<A>* from, int64_t count) {
+    for (int64_t s = first; s < end; ++s)
+      for (int64_t i = 0; i < count; ++i) *to++ = {from[i].x + s * it.p->tile, from[i].w + s * it.p->taps};
+  };
+  take(it.one, n.groups);
+  g.groups = to - it.taps;
+  take(it.one + n.groups, n.rest);
+  g.taps = it.taps, g.count = to - it.taps, g.add = first > 0;
 }
 
 template <class A>
@@ -213,21 +242,25 @@ void correlate_phase(const VoxelItem<S, A>& it, const Phase* f, S* y, const int6
   }
   VoxelRun<A> g{};
   int group = it.tile[shared].tap_step == it.slots[shared].step ? group_of(f[shared].taps) : 1;
-  list_taps(it, f, g, group);
+  TapCount count = list_taps(it, f, group);
+  bool chains = p.chain < p.of_each;
   g.x_step = it.step[shared], g.w_step = p.axis[shared].w_tap * p.axis[kW].kernel * (deep ? p.axis[kH].kernel : 1);
   int64_t parts = ceil_div(n[shared], kShared);
   auto run = [&](int64_t at, const Range& r) { run_rows(g, r.end - r.begin, group, at + r.begin * it.step[shared]); };
   g.bias = it.bias;
   if constexpr (std::is_same<S, A>::value) {  // rows of whole vectors go straight to the output
     int64_t L = kLanes<A>, other = deep ? kH : kD;
-    if (y_step[kW] == 1 && n[kW] >= L && 4 * round_up(n[kW], L) <= 5 * n[kW]) {
+    if (y_step[kW] == 1 && n[kW] >= L && 4 * round_up(n[kW], L) <= 5 * n[kW] && !(chains && n[kW] % L)) {
       g.out_step = y_step[shared], g.length = n[kW], g.last = n[kW] - L;
-      g.stream = it.streams && n[kW] % L == 0 && y_step[kH] % L == 0 && y_step[kD] % L == 0 && streamable(y);
-      for (int64_t i = 0; i < parts; ++i) {
-        Range r = piece(n[shared], parts, i);
-        for (int64_t o = 0; o < n[other]; ++o) {
-          g.out = y + r.begin * y_step[shared] + o * y_step[other];
-          run(o * it.step[other], r);
+      g.stream = it.streams && !chains && n[kW] % L == 0 && y_step[kH] % L == 0 && y_step[kD] % L == 0 && streamable(y);
+      for (int64_t s = 0; s < p.of_each; s += p.chain) {
+        take_chain(it, count, s, g);
+        for (int64_t i = 0; i < parts; ++i) {
+          Range r = piece(n[shared], parts, i);
+          for (int64_t o = 0; o < n[other]; ++o) {
+            g.out = y + r.begin * y_step[shared] + o * y_step[other];
+            run(o * it.step[other], r);
+          }
         }
       }
       return;
@@ -238,7 +271,10 @@ void correlate_phase(const VoxelItem<S, A>& it, const Phase* f, S* y, const int6
   for (int64_t o = 0; o < (deep ? 1 : n[kD]); ++o)
     for (int64_t i = 0; i < parts; ++i) {
       Range r = piece(n[shared], parts, i);
-      run(o * it.step[kD], r);
+      for (int64_t s = 0; s < p.of_each; s += p.chain) {
+        take_chain(it, count, s, g);
+        run(o * it.step[kD], r);
+      }
       for (int64_t b = r.begin; b < r.end; ++b)
         for (int64_t h = 0; h < (deep ? n[kH] : 1); ++h)
           put_row(it.out + (b - r.begin) * g.out_step + h * pitch, n[kW],
@@ -260,7 +296,7 @@ void correlate_channel(const VoxelItem<S, A>& it, S* y, const int64_t* y_axis) {
 template <class A>
 int64_t voxel_thread_bytes(const VoxelPlan& p) {
   int64_t bytes = aligned(p.source_channels * p.tile * sizeof(A)) + aligned(p.out * sizeof(A)) +
-                  aligned(p.of_each * p.taps * sizeof(A)) + aligned(p.of_each * p.taps * sizeof(VoxelTap<A>));
+                  aligned(p.of_each * p.taps * sizeof(A)) + aligned((1 + p.chain) * p.taps * sizeof(VoxelTap<A>));
   for (int64_t n : p.index) bytes += aligned(n * 8);
   return bytes;
 }
@@ -268,10 +304,17 @@ int64_t voxel_thread_bytes(const VoxelPlan& p) {
 // Weights of one output, [source, tap]; G reads them backwards.
 template <class S, class A>
 void take_weights(const VoxelPlan& p, const S* w, int64_t output, A* to) {
-  w += output * p.of_each * p.taps;
+  int64_t k_step = p.of_each * p.taps, s_step = p.taps, t_step = 1;
+  if (p.dense && p.transposed) k_step = p.taps, s_step = p.outputs * p.taps;
+  if (p.dense && p.w_last) {
+    t_step = p.transposed ? p.outputs : p.sources;
+    (p.transposed ? k_step : s_step) = 1;
+  }
   for (int64_t s = 0; s < p.of_each; ++s)
-    for (int64_t t = 0; t < p.taps; ++t)
-      to[s * p.taps + t] = to_compute(w[s * p.taps + (p.transposed ? p.taps - 1 - t : t)]);
+    for (int64_t t = 0; t < p.taps; ++t) {
+      int64_t at = output * k_step + s * s_step + (p.transposed ? p.taps - 1 - t : t) * t_step;
+      to[s * p.taps + t] = weight_at(w, p.dense && p.w_float, at);
+    }
 }
 
 template <class S>
@@ -287,7 +330,7 @@ void correlate_voxels(const VoxelPlan& p, const View<S>& x, const S* w, const S*
     it.out = take<A>(mine, p.out);
     it.streams = p.N * y.n * int64_t(sizeof(S)) >= kStreamBytes;
     A* weights = take<A>(mine, p.of_each * p.taps);
-    it.w = weights, it.taps = take<VoxelTap<A>>(mine, p.of_each * p.taps);
+    it.w = weights, it.one = take<VoxelTap<A>>(mine, (1 + p.chain) * p.taps), it.taps = it.one + p.taps;
     for (int a = kW; a >= kD; --a) {
       it.packed[a].index = take<int64_t>(mine, p.index[a]);
       it.tile[a] = place_axis(p.axis[a], item % p.tiles[a], it.packed[a]);
@@ -296,11 +339,11 @@ void correlate_voxels(const VoxelPlan& p, const View<S>& x, const S* w, const S*
       item /= p.tiles[a];
     }
     int64_t first = item % p.blocks * p.channels, last = min(first + p.channels, p.outputs), n = item / p.blocks;
-    int64_t source = p.transposed ? first * p.of_each : first / multiplier;
-    int64_t end = p.transposed ? last * p.of_each : (last - 1) / multiplier + 1;
+    auto source_of = [&](int64_t k) { return p.dense ? 0 : p.transposed ? k * p.of_each : k / multiplier; };
+    int64_t source = source_of(first), end = source_of(last - 1) + p.of_each;
     pack_voxels(x, n, source, end - source, it.packed, it.slots, tile, p.tile);
     for (int64_t k = first; k < last; ++k) {
-      it.data = tile + ((p.transposed ? k * p.of_each : k / multiplier) - source) * p.tile;
+      it.data = tile + (source_of(k) - source) * p.tile;
       take_weights(p, w, k, weights);
       it.bias = b ? to_compute(b[k]) : A(0);
       correlate_channel(it, y.data + n * y.n + k * y.c, y.axis);

@@ -9,6 +9,7 @@ extern const ConvCorrelate conv_winograd[kDTypes];
 extern const ConvCorrelate conv_depthwise[kDTypes];
 extern const ConvCorrelate conv_columns[kDTypes];
 extern const ConvCorrelate conv_amx[kDTypes];
+extern const ConvCorrelate conv_voxels[kDTypes];
 extern const ConvKernel conv_weight_grad[kDTypes];
 extern const ConvKernel conv_winograd_weight[kDTypes];
 extern const ConvKernel conv_depthwise_weight[kDTypes];

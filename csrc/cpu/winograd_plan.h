@@ -11,7 +11,7 @@ constexpr int64_t kFewTiles = 128;             // per image, at most, for weight
 constexpr int64_t kBatch = 8;                  // regions, weights first
 
 struct Plan : Tiling {
-  bool transposed, weights_first;
+  bool transposed, weights_first, w_last, w_float;
   int64_t all, most_tiles, c_stride, batch;  // all: regions of all images and groups; most_tiles: of a region
   int block_vectors;
   int64_t panel, transformed, rows, V, X, Y, M_size, out_tile, index[kAxes];  // elements of scratch
@@ -49,7 +49,7 @@ template <class A>
 Plan make_plan(const ConvGeometry& g, bool transposed) {
   constexpr int L = kLanes<A>;
   Plan p{};
-  p.transposed = transposed;
+  p.transposed = transposed, p.w_last = g.w_last, p.w_float = g.w_float;
   set_tiling(p, g, transposed);
   p.block_vectors = min(kTileVectors, p.K > 2 * L ? 4 : 2);
   choose_regions<A>(p);

@@ -55,8 +55,11 @@ def _served(count: int, lower_precision: bool = False) -> Callable[[Callable[...
                 runtime.handed(name, reason)
                 return _by_torch(name, reason, fallback, args, kwargs)
             if lower_precision and tensors and autocasts(tensors[0].device):
-                args = (*autocast(*args[:count]), *args[count:])
-                kwargs = {k: autocast(v)[0] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+                args = (*autocast(*args[:count], weight=names.index("weight")), *args[count:])
+                kwargs = {
+                    k: autocast(v, weight=0 if k == "weight" else None)[0] if isinstance(v, Tensor) else v
+                    for k, v in kwargs.items()
+                }
             try:
                 return function(*args, **kwargs)
             except RuntimeError as error:

@@ -19,7 +19,7 @@ import torch  # before _C: both then share torch's OpenMP threads
 from . import _C
 
 PRECISIONS = ("highest", "high", "medium")
-ALGORITHMS = ("auto", "direct", "winograd", "columns", "amx")
+ALGORITHMS = ("auto", "direct", "winograd", "columns", "amx", "voxels")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # as csrc/dtype.h numbers them
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "off": False,
@@ -112,7 +112,8 @@ def get_float32_conv_precision() -> str:
 
 def set_conv_algorithm(algorithm: str) -> None:
     """Which convolution algorithm to use (also CONVOXEL_CONV_ALGORITHM): "auto", by shape, dtype and precision;
-    "direct"; or "winograd", "columns" or "amx" wherever it is possible, without regard to precision and speed."""
+    "direct"; or "winograd", "columns", "amx" or "voxels" wherever it is possible, without regard to precision and
+    speed."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
     _state.algorithm = algorithm

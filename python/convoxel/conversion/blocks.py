@@ -218,11 +218,11 @@ def _convolved(conv: Any, x: Tensor | Parts, w: Tensor, b: Tensor | None, share:
     if share is None and isinstance(x, Tensor):
         return conv._conv_forward(x, w, b), None
     if isinstance(x, Parts):
-        w, b, *xs = cast(list[Any], autocast(w, b, *x.tensors))
+        w, b, *xs = cast(list[Any], autocast(w, b, *x.tensors, weight=0))
         how = (lift(conv.stride, 1), lift(conv.padding, 0), lift(conv.dilation, 1), *(share or (0, False)))
         y, *moments = conv_joined([to_3d(t) for t in xs], to_3d(w), b, *how)
         return from_3d(y, w.dim() - 2, True), moments
-    x, w, b = cast(tuple[Tensor, Tensor, Tensor | None], autocast(x, w, b))
+    x, w, b = cast(tuple[Tensor, Tensor, Tensor | None], autocast(x, w, b, weight=1))
     x, padding = ours._padded(conv, x)
     found: list[Tensor] = []
 

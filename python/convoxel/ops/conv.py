@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import _C, runtime
 from ..geometry import Ints, is_channels_last
 from . import conv_vmap, route
-from .conv_geometry import check, check_dtypes, numbers, problem
+from .conv_geometry import check, check_dtypes, mixed, numbers, problem
 from .library import Operator, dense, new, pointer, register, scratch
 from .saved import Kept, Upsampled, possible, remember
 
@@ -36,6 +36,11 @@ def planned(op: str, geometry: tuple[int, ...], dtype: torch.dtype, precision: s
     return chosen, routed, getattr(_C, op + "_scratch")(runtime.DTYPES[dtype], routed, threads)
 
 
+def readable(w: Tensor | None, dtype: torch.dtype, chosen: route.Route) -> Tensor | None:
+    """w as the kernels of the route read it: all but the depthwise ones round float32 to bfloat16 themselves."""
+    return w.to(dtype) if w is not None and chosen.algorithm == "depthwise" else w
+
+
 def run(op: str, geometry: list[int], x: Tensor | Sequence[Tensor], w: Tensor | None, b: Tensor | None,
         y: Tensor) -> None:  # fmt: skip
     """One kernel over tensors that are dense in the layouts that the geometry states; x: or its parts."""
@@ -44,7 +49,7 @@ def run(op: str, geometry: list[int], x: Tensor | Sequence[Tensor], w: Tensor | 
     dtype, threads = runtime.DTYPES[x.dtype], runtime.threads()
     how = runtime.get_float32_conv_precision(), runtime.get_conv_algorithm(), runtime.isa()
     chosen, geometry, size = planned(op, tuple(geometry), x.dtype, *how, threads)
-    memory = scratch(size)
+    memory, w = scratch(size), readable(w, x.dtype, chosen)
     with runtime.serve(
         op.removesuffix("_forward"),
         chosen.algorithm,
@@ -69,7 +74,7 @@ def run(op: str, geometry: list[int], x: Tensor | Sequence[Tensor], w: Tensor | 
 def _conv_fake(
     x: Tensor, w: Tensor, b: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
-    check_dtypes("conv", x, w, b)
+    check_dtypes("conv", x, b, w=w)
     shape = check("conv", x.shape, w.shape, None, b, w.shape[0], stride, padding, dilation, groups)
     return new(x, shape, is_channels_last(x) or is_channels_last(w))
 
@@ -82,11 +87,10 @@ def _conv_cpu(
         return y
     if x.numel() == 0:  # no channels: only the bias is left
         return y.zero_() if b is None else y.copy_(b.view(-1, 1, 1, 1).expand_as(y))
-    x, x_last = dense(x)
-    geometry = numbers(
-        x.shape, w.shape, y.shape, stride, padding, dilation, groups, x_last, is_channels_last(y)
-    )
-    run("conv_forward", geometry, x, w.contiguous(), None if b is None else b.contiguous(), y)
+    (x, x_last), (w, w_last) = dense(x), dense(w)
+    layouts = x_last, is_channels_last(y), (), w_last, mixed(x, w)
+    geometry = numbers(x.shape, w.shape, y.shape, stride, padding, dilation, groups, *layouts)
+    run("conv_forward", geometry, x, w, None if b is None else b.contiguous(), y)
     return y
 
 
@@ -100,7 +104,7 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     w, *kept = ctx.saved_tensors
     need_x, need_w, need_b, *_ = ctx.needs_input_grad
     # dw first: an x that is made again for it is gone before dx takes memory.
-    dw = conv_weight_grad(ctx.x.give(kept), dy, *ctx.how, w.shape[2:]) if need_w else None
+    dw = conv_weight_grad(ctx.x.give(kept), dy, *ctx.how, w.shape[2:]).to(w.dtype) if need_w else None
     dx = conv_input_grad(dy, w, None, *ctx.how, ctx.size) if need_x else None
     return dx, dw, channel_sum(dy) if need_b else None, None, None, None, None
 
@@ -110,7 +114,7 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 def _input_grad_fake(dy: Tensor, w: Tensor, b: Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
                      groups: int, size: Ints) -> Tensor:  # fmt: skip
-    check_dtypes("conv_input_grad", dy, w, b)
+    check_dtypes("conv_input_grad", dy, b, w=w)
     channels = w.shape[1] * groups if w.dim() == 5 else 0
     shape = (dy.shape[0], channels, *size)
     check("conv_input_grad", shape, w.shape, dy.shape, b, channels, stride, padding, dilation, groups)
@@ -122,11 +126,10 @@ def _input_grad_cpu(dy: Tensor, w: Tensor, b: Tensor | None, stride: Ints, paddi
     dx = _input_grad_fake(dy, w, b, stride, padding, dilation, groups, size)
     if dx.numel() == 0:
         return dx
-    dy, y_last = dense(dy)
-    geometry = numbers(
-        dx.shape, w.shape, dy.shape, stride, padding, dilation, groups, is_channels_last(dx), y_last
-    )
-    run("conv_input_grad", geometry, dx, w.contiguous(), None if b is None else b.contiguous(), dy)
+    (dy, y_last), (w, w_last) = dense(dy), dense(w)
+    layouts = is_channels_last(dx), y_last, (), w_last, mixed(dy, w)
+    geometry = numbers(dx.shape, w.shape, dy.shape, stride, padding, dilation, groups, *layouts)
+    run("conv_input_grad", geometry, dx, w, None if b is None else b.contiguous(), dy)
     return dx
 
 
@@ -143,7 +146,7 @@ def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     w, _, *kept = ctx.saved_tensors
     need_dy, need_w, need_b, *_ = ctx.needs_input_grad
-    dw = conv_weight_grad(ddx, ctx.dy.give(kept), *ctx.how, w.shape[2:]) if need_w else None
+    dw = conv_weight_grad(ddx, ctx.dy.give(kept), *ctx.how, w.shape[2:]).to(w.dtype) if need_w else None
     ddy = conv(ddx, w, None, *ctx.how) if need_dy else None
     return ddy, dw, channel_sum(ddx) if need_b else None, None, None, None, None, None
 

@@ -78,11 +78,10 @@ def _moments_cpu(
         y = conv_._conv_cpu(x, w, b, stride, padding, dilation, groups)
         _read_moments(y, numbers, mean, var)
         return y, mean, var
-    x, x_last = dense(x)
-    geometry = conv_.numbers(
-        x.shape, w.shape, y.shape, stride, padding, dilation, groups, x_last, is_channels_last(y)
-    )
-    w, b = w.contiguous(), None if b is None else b.contiguous()
+    (x, x_last), (w, w_last) = dense(x), dense(w)
+    layouts = x_last, is_channels_last(y), (), w_last, conv_.mixed(x, w)
+    geometry = conv_.numbers(x.shape, w.shape, y.shape, stride, padding, dilation, groups, *layouts)
+    b = None if b is None else b.contiguous()
     run_with_moments("conv_moments", geometry, [x], w, b, y, numbers, mean, var)
     return y, mean, var
 
@@ -95,12 +94,13 @@ def run_with_moments(name: str, geometry: list[int], xs: Sequence[Tensor], w: Te
     how = runtime.get_float32_conv_precision(), runtime.get_conv_algorithm(), runtime.isa()
     chosen, routed, size = conv_.planned("conv_forward", tuple(geometry), y.dtype, *how, threads)
     of_image = _slots(tuple(routed), y.dtype, runtime.isa())
+    read = conv_.readable(w, y.dtype, chosen)
     memory, slots = scratch(size), scratch(y.shape[0] * of_image * 3 * y.shape[1] * 8)
     gathered = slots.data_ptr() if of_image else 0
     with runtime.serve(
         name, chosen.algorithm, lambda: conv_.problem(routed, y.dtype, b is not None), chosen.why
     ):
-        _C.conv_forward_moments(dtype, routed, [*map(pointer, xs)], pointer(w), pointer(b), pointer(y), gathered,
+        _C.conv_forward_moments(dtype, routed, [*map(pointer, xs)], pointer(read), pointer(b), pointer(y), gathered,
                                 memory.data_ptr(), threads)  # fmt: skip
         where = slots.data_ptr(), of_image, pointer(mean), pointer(var)
         found = of_image > 0 and _C.combine_moments(dtype, numbers, *where, threads)

@@ -78,8 +78,15 @@ def _checked(op: str, x_shape: Ints, w_shape: Ints, y_shape: Ints | None, b_shap
     return expected
 
 
-def check_dtypes(op: str, *tensors: Tensor | None) -> None:
-    dtypes = [t.dtype for t in tensors if t is not None]
+def mixed(x: Tensor, w: Tensor) -> bool:
+    """Whether w is float32 beside a bfloat16 x: what autocast leaves as it is, since kernels round it as they read."""
+    return w.dtype == torch.float32 and x.dtype == torch.bfloat16
+
+
+def check_dtypes(op: str, x: Tensor, *others: Tensor | None, w: Tensor | None = None) -> None:
+    """All of one dtype that kernels take; w may be `mixed`."""
+    weights = None if w is None or mixed(x, w) else w
+    dtypes = [t.dtype for t in (x, weights, *others) if t is not None]
     if len(set(dtypes)) > 1:
         raise RuntimeError(
             f"{op}: input, weight and bias should have the same dtype, received {', '.join(map(str, dtypes))}; "
@@ -89,8 +96,10 @@ def check_dtypes(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{op}: kernels take {', '.join(map(str, runtime.DTYPES))}, received {dtypes[0]}")
 
 
-def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
-            groups: int, x_last: bool, y_last: bool, parts: Ints = ()) -> list[int]:  # fmt: skip
+def numbers(
+    x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int,
+    x_last: bool, y_last: bool, parts: Ints = (), w_last: bool = False, w_float: bool = False,
+) -> list[int]:  # fmt: skip
     """The geometry as csrc/bind.cpp reads it, direct; parts: channels of the tensors that make x. A stride beyond the
     padded extent makes one output like any other such stride, a dilation of one tap does nothing: without them no sum
     in csrc exceeds 64 bits."""
@@ -100,7 +109,7 @@ def numbers(x_shape: Ints, w_shape: Ints, y_shape: Ints, stride: Ints, padding: 
         flat += [n, out, k, min(s, n + 2 * p), p, d if k > 1 else 1]
     parts = parts or (x_shape[1],)
     padded = (*parts, *(0,) * (PARTS - len(parts)))
-    return [*flat, int(x_last), int(y_last), *padded, *route.DIRECT.numbers]
+    return [*flat, int(x_last), int(y_last), *padded, int(w_last), int(w_float), *route.DIRECT.numbers]
 
 
 def problem(geometry: list[int], dtype: torch.dtype, bias: bool) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..geometry import SPATIAL_NAMES, Ints, as_tuple, conv_transpose_out_size, lift
 from .conv import conv, conv_input_grad
-from .conv_geometry import check, check_dtypes
-from .library import Operator, from_3d, to_3d
+from .conv_geometry import check, check_dtypes, mixed
+from .library import Operator, autocasts, from_3d, to_3d
 
 
 def _same_padding(
@@ -31,10 +31,17 @@ def _same_padding(
     return x, tuple(t // 2 for t in total)
 
 
+def _check_dtypes(name: str, x: Tensor, w: Tensor) -> None:
+    """The operators take a float32 weight beside bfloat16, torch's functions only under autocast."""
+    if mixed(x, w) and not autocasts(x.device):
+        check_dtypes(name, x, w)
+
+
 def _batched(name: str, rank: int, x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
     for what, t in (("input", x), ("weight", w)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}(): argument '{what}' must be Tensor, not {type(t).__name__}")
+    _check_dtypes(name, x, w)
     if w.dim() != rank + 2:
         raise RuntimeError(f"{name}: expected a weight with {rank + 2} axes, received {tuple(w.shape)}")
     if x.dim() not in (rank + 1, rank + 2):
@@ -133,6 +140,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             f"linear: mat1 and mat2 shapes cannot be multiplied: input {tuple(x.shape)} has features "
             f"{tuple(x.shape[-1:])}, weight {tuple(w.shape)} (K, C) expects {tuple(w.shape[-1:])}"
         )
+    _check_dtypes("linear", x, w)
     if w.dim() == 1 and b is not None:
         raise RuntimeError(
             f"linear: a bias needs a weight with 2 axes (K, C), received weight {tuple(w.shape)}"
@@ -146,7 +154,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         if b.dim() > len(shape) or not fits:
             raise RuntimeError(f"linear: expected bias of shape ({k},), or that broadcasts to the output {shape}, "
                                f"received {tuple(b.shape)}")  # fmt: skip
-        check_dtypes("linear", x, w, b)
+        check_dtypes("linear", x, b, w=w)
         return linear(x, w, None) + b
     if k == 0:  # a convolution has outputs; this keeps the graph of a layer that has none
         return x[..., :0] + w.sum() if b is None else x[..., :0] + w.sum() + b

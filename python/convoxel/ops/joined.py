@@ -22,8 +22,8 @@ from . import conv as conv_
 from . import conv_vmap
 from .cat import cat, cat_backward, cat_op, serves
 from .conv_block import _check_norm_groups, _moments_cpu, _moments_vmap, _of, run_with_moments
-from .conv_geometry import PARTS, check, check_dtypes, numbers
-from .library import Operator, contiguous, new, register
+from .conv_geometry import PARTS, check, check_dtypes, mixed, numbers
+from .library import Operator, contiguous, dense, new, register
 from .saved import Join, Kept
 
 BLOCK = 16  # channels: vectors of no ISA lie across parts
@@ -74,7 +74,7 @@ def _fake(
     norm_groups: int, over_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _shape("conv_joined", xs)
-    check_dtypes("conv_joined", *xs, w, b)
+    check_dtypes("conv_joined", *xs, b, w=w)
     y_shape = check("conv_joined", shape, w.shape, None, b, w.shape[0], stride, padding, dilation, 1)
     y = new(xs[0], y_shape, all(map(is_channels_last, xs)) or is_channels_last(w))
     if norm_groups:
@@ -99,8 +99,9 @@ def _cpu(
     xs, last = _dense(xs)
     channels = [x.shape[1] for x in xs]
     shape = _shape("conv_joined", xs)
-    geometry = numbers(shape, w.shape, y.shape, *how, last, is_channels_last(y), channels)
-    w, b = w.contiguous(), None if b is None else b.contiguous()
+    (w, w_last), b = dense(w), None if b is None else b.contiguous()
+    layouts = last, is_channels_last(y), channels, w_last, mixed(xs[0], w)
+    geometry = numbers(shape, w.shape, y.shape, stride, padding, dilation, 1, *layouts)
     if norm_groups:
         of_y = _of(y, norm_groups, over_batch)
         run_with_moments("conv_joined", geometry, xs, w, b, y, of_y, mean, var)
@@ -129,6 +130,7 @@ def _backward(ctx: Any, dy: Tensor | None, dmean: None, dvar: None) -> tuple[Any
         dw = conv_.conv_weight_grad(ctx.join.make(kept), dy, *how, w.shape[2:])
     elif need_w:
         dw = conv_joined_weight_grad(ctx.join.parts_of(kept), dy, *ctx.how, w.shape[2:])
+    dw = None if dw is None else dw.to(w.dtype)
     if any(need_x) and again:
         dx = conv_.conv_input_grad(dy, w, None, *how, ctx.size)
         dxs = cat_backward(dx, ctx.channels, 1, [True] * len(need_x))
@@ -147,7 +149,7 @@ def _input_grad_fake(
     dy: Tensor, w: Tensor, stride: Ints, padding: Ints, dilation: Ints, size: Ints, channels: Ints
 ) -> list[Tensor]:
     name = "conv_joined_input_grad"
-    check_dtypes(name, dy, w)
+    check_dtypes(name, dy, w=w)
     last = is_channels_last(dy) or is_channels_last(w)
     dxs = [new(dy, (dy.shape[0], c, *size), last) for c in channels]
     check(name, _shape(name, dxs), w.shape, dy.shape, None, 0, stride, padding, dilation, 1)
@@ -161,9 +163,10 @@ def _input_grad_cpu(
     if dy.numel() == 0:
         return [dx.zero_() for dx in dxs]
     (dy,), y_last = _dense([dy])
-    shape, x_last = _shape("conv_joined_input_grad", dxs), is_channels_last(dxs[0])
-    geometry = numbers(shape, w.shape, dy.shape, stride, padding, dilation, 1, x_last, y_last, channels)
-    conv_.run("conv_input_grad", geometry, dxs, w.contiguous(), None, dy)
+    shape, (w, w_last) = _shape("conv_joined_input_grad", dxs), dense(w)
+    layouts = is_channels_last(dxs[0]), y_last, channels, w_last, mixed(dy, w)
+    geometry = numbers(shape, w.shape, dy.shape, stride, padding, dilation, 1, *layouts)
+    conv_.run("conv_input_grad", geometry, dxs, w, None, dy)
     return dxs
 
 

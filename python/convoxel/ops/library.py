@@ -115,16 +115,21 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on (torch's lower-precision list), else as they are."""
+def autocast(*tensors: torch.Tensor | None, weight: int | None = None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on (torch's lower-precision list), else as they are.
+    tensors[weight] stays float32 beside bfloat16: a convolution rounds it where it reads it, which saves a copy in
+    every call."""
     first = next(t for t in tensors if t is not None)
     if not autocasts(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+
+    def stays(i: int, t: torch.Tensor) -> bool:
+        if i == weight and (t.dtype, dtype) == (torch.float32, torch.bfloat16):
+            return True
+        return not t.is_floating_point() or t.dtype == torch.float64
+
+    return tuple(t if t is None or stays(i, t) else t.to(dtype) for i, t in enumerate(tensors))
 
 
 def full_precision(t: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,11 @@
               keeps `highest`
     amx       bfloat16 on the ISA amx, without groups: the definition, by tiles of 16 positions and 32 channels; exact
               products, summed in float32
+    voxels    forward and input gradient, without groups, to few channels: the definition, with vectors of voxels; keeps
+              `highest`
     depthwise one input channel a group: the definition, with vectors of channels or of voxels; keeps `highest`
 
-Of the first four that are possible, the lowest estimate of cycles decides. Its constants were measured on one core of
+Of the first five that are possible, the lowest estimate of cycles decides. Its constants were measured on one core of
 an Intel Sapphire Rapids with AVX-512; they state ratios, which other widths of vectors share.
 """
 
@@ -24,8 +26,16 @@ import torch
 Tile = tuple[int, int, int]
 LANES = 16
 COLUMNS = 2**31  # the places that an index of columns has, and more than they are ever good for
+FEW = 8  # output channels, at most, for vectors of voxels
 MULTIPLIER = 4  # outputs of a channel that depthwise kernels take
-ALGORITHMS = ("direct", "winograd", "depthwise", "columns", "amx")  # as csrc/geometry.h numbers them
+ALGORITHMS = (
+    "direct",
+    "winograd",
+    "depthwise",
+    "columns",
+    "amx",
+    "voxels",
+)  # as csrc/geometry.h numbers them
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def tiles(taps: tuple[int, ...]) -> Iterator[Tile]:
 
 def declined(axes: list[tuple[int, ...]], dtype: torch.dtype, precision: str, algorithm: str) -> str:
     """Why Winograd's algorithm is out of the question, or nothing."""
-    if algorithm in ("direct", "columns"):
+    if algorithm in ("direct", "columns", "voxels"):
         return f"algorithm {algorithm} is set"
     if dtype == torch.float64:
         return "float64"
@@ -126,6 +136,13 @@ def columns_cycles(work: Work) -> float:
     rows = prod(work.taps) * work.c
     products = ceil(pixels / LANES) * rows * (work.k / 2 / 0.8 + 20)
     return work.groups * (products + rows * work.k / LANES * 10) + 30 * pixels * prod(work.taps)
+
+
+def voxels_cycles(work: Work) -> float:
+    """Two multiply-adds of a vector of voxels a cycle, of which 0.47 is reached; 3 cycles for packing an input with the
+    halo of its tile, 5 for moving an output."""
+    pixels = work.images * prod(work.out)
+    return pixels * (work.c * (prod(work.taps) * work.k / LANES / 2 / 0.47 + 3) + 5 * work.k)
 
 
 def amx_cycles(work: Work) -> float:
@@ -171,6 +188,9 @@ def choose(
         and images * max(prod(sizes), prod(outs)) * prod(taps) < COLUMNS
     ):
         routes.append((columns_cycles(work), Route("columns", DIRECT.tile, "few voxels")))
+    few = algorithm == "voxels" or algorithm == "auto" and k <= FEW
+    if few and groups == 1 and not joined and op != "conv_weight_grad":
+        routes.append((voxels_cycles(work), Route("voxels", DIRECT.tile, "few output channels")))
     if not why:
         at = replace(work, out=sizes) if op == "conv_input_grad" else work
         gradient = op == "conv_weight_grad"
