@@ -1,5 +1,6 @@
 """Scans to labels with models of nnU-Net: its own predictor's labels, and the command around them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,13 @@ def test_cases_that_are_none(tmp_path, names, channels, out, words):
 def test_a_scan_that_is_missing(model, tmp_path, capsys):
     assert run(model, tmp_path / "none.nii.gz", "-o", tmp_path / "out") == 1
     assert capsys.readouterr().err == f"convoxel predict: {tmp_path / 'none.nii.gz'}: no such scan\n"
+
+
+def test_a_ceiling_that_will_do_changes_nothing(model, tmp_path):
+    scan = volume.read(put(tmp_path / "a.nii.gz"))
+    loaded = importers.load(model)
+    with pytest.raises(ValueError, match="would do") as refused:
+        loaded.predict([scan], max_ram=1 << 20, scratch=tmp_path)
+    least = int(re.findall(r"(\d+) would do|(\d+) with a scratch", str(refused.value))[0][0])
+    labels = loaded.predict([scan], max_ram=2 * least, scratch=tmp_path)
+    np.testing.assert_array_equal(labels.array, loaded.predict([scan]).array)

@@ -54,7 +54,9 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="windows per call of the network (default 1)"
     )
-    parser.add_argument("--max-ram", metavar="BYTES", help='memory that must do, such as "4GB"')
+    parser.add_argument(
+        "--max-ram", metavar="BYTES", help='memory that must do: "4GB"; a scratch file in OUT helps'
+    )
     parser.add_argument(
         "--save-probabilities", action="store_true", help="also write CASE_probabilities.nii.gz (K, D, H, W)"
     )
@@ -119,6 +121,7 @@ def run_predict(args: argparse.Namespace) -> int:
             mirror=args.mirror,
             batch_size=args.batch,
             max_ram=max_ram,
+            scratch=case.target.parent,
             probabilities=case.probabilities if args.save_probabilities else None,
             progress=not args.quiet,
         )

@@ -85,6 +85,7 @@ class TrainedModel:
         mirror: bool = True,
         batch_size: int = 1,
         max_ram: int | None = None,
+        scratch: Path | None = None,
         probabilities: Path | None = None,
         progress: bool = False,
     ) -> Volume:
@@ -95,7 +96,9 @@ class TrainedModel:
             overlap: of neighbouring windows, in [0, 1); None: the model's own.
             mirror: average over flips along the axes that the model allows.
             batch_size: windows per call of a network.
-            max_ram: most bytes that the process may hold; ValueError beforehand if it cannot be kept.
+            max_ram: most bytes that the process may hold while the networks run; ValueError beforehand if that cannot
+                be kept. What preparing the scan takes (8 bytes for a voxel of a channel) is not looked at.
+            scratch: a folder for what `max_ram` has no room for; None: none may be used.
             probabilities: a .nii.gz file for the classes' probabilities (K, D, H, W).
             progress: show a bar with the time left.
 
@@ -128,6 +131,7 @@ class TrainedModel:
             mirror_axes=recipe.mirror_axes if mirror else (),
             regions=recipe.regions,
             max_ram=max_ram,
+            scratch=scratch,
             activation=ready.activation,
             scores=take if takers else None,
             held=math.prod(grid.grid_shape),
