@@ -140,6 +140,18 @@ def test_scores_are_those_of_brute_force(shape, spacing):
         })  # fmt: skip
 
 
+@pytest.mark.parametrize("gap", [0, 1, 2, 7, 8, 9, 20])
+def test_stray_pieces_have_the_surface_that_they_have_in_one(gap, monkeypatch):
+    mask = np.zeros((30, 30, 30), bool)
+    for axis in range(3):
+        part = np.moveaxis(mask, axis, 0)
+        part[1:4, 2:5, 2:4] = part[4 + gap :, 2:7, 3] = True
+    found = surfaces.surface(mask, (2.0, 1.0, 1.0), start=(1, 2, 3), grid=(40, 40, 40))
+    monkeypatch.setattr(surfaces, "_pieces", lambda mask: [(slice(0, 30),) * 3])
+    whole = surfaces.surface(mask, (2.0, 1.0, 1.0), start=(1, 2, 3), grid=(40, 40, 40))
+    assert all(np.array_equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_tree_and_transform_find_the_same_distances(spacing, monkeypatch):
     rng = np.random.default_rng(4)
