@@ -126,6 +126,7 @@ def test_scores_are_those_of_brute_force(shape, spacing):
         found = evaluation.scores(truth.like(p.astype(np.int16) * 3), truth, 3, tolerance=1.0)
         both, ml = (t & p).sum(), math.prod(spacing) / 1000
         hd95, surface_dice = by_transform(t, p, spacing, 1.0)
+        assert {type(value) for value in found.values()} == {float}
         assert found == pytest.approx({
             "dice": 2 * both / (t.sum() + p.sum()),
             "iou": both / (t | p).sum(),

@@ -149,11 +149,11 @@ def score(
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be 0 mm or more, received {tolerance}")
     mine, true = prediction.cut(values), truth.cut(values)
-    p, t = np.count_nonzero(mine[0]), np.count_nonzero(true[0])
+    p, t = int(np.count_nonzero(mine[0])), int(np.count_nonzero(true[0]))
     if not p and not t:
         return absent(lesions)
     a, b = _shared(mine, true)
-    both = np.count_nonzero(a & b)
+    both = int(np.count_nonzero(a & b))
     ml = math.prod(truth.spacing) / 1000
     found: Scores = {
         "dice": 2 * both / (p + t),
