@@ -584,6 +584,9 @@ def test_command_line_mistakes(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err == f"convoxel doctor: {tmp_path / 'nowhere'}: No such file or directory\n"
     assert cli.main(["doctor"]) == 2
+    capsys.readouterr()
+    assert cli.main(["doctor", str(tmp_path), "--json", str(tmp_path / "no" / "f.json")]) == 1
+    assert capsys.readouterr().err.endswith("no/f.json: its folder does not exist\n")
 
 
 def test_the_page_names_every_fault():

@@ -325,7 +325,7 @@ def _complete(dataset: Dataset) -> Iterator[Finding]:
     if not training:
         yield finding("no-cases", dataset.folder, "no training case was found")
     elif len(training) < 5:
-        yield finding("few-cases", dataset.folder, f"{len(training)} training cases")
+        yield finding("few-cases", dataset.folder, f"training cases: {len(training)}")
     for case in dataset.cases:
         first = next(iter(case.images.values()), dataset.folder)
         if case.training and case.label is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import time
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """`convoxel doctor`: 0 when nothing is an error, otherwise 1."""
+    if args.json and not Path(args.json).absolute().parent.is_dir():  # now, not after the reading
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", args.json)
     examinations = []
     for path in args.paths:
         start = time.perf_counter()
