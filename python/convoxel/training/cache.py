@@ -149,7 +149,7 @@ def open_stored(entry: Path) -> Stored:
             counts={int(value): int(count) for value, count in about["counts"].items()},
             spacing=(z, y, x),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{entry}: damaged ({error}); delete this folder and start again") from error
 
 
