@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from ..importers.trained import SAME_PLACE, check_scans
 from ..volume import Volume, read
+from ..volume.files import machine_memory
 from .cases import Case, Dataset
 
 VERSION = 1  # of what is computed: raised when the same files and recipe give other numbers
@@ -174,7 +175,11 @@ def _build(
 
 
 def _workers(todo: Sequence[tuple[Case, Path]]) -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One a core, but no more than fit into half of the memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A case in work: gzip holds int16 in a third, float32 is twice that, and resampling has it twice.
+    largest = max(sum(path.stat().st_size for path in case.images) for case, _ in todo)
+    return max(1, min(cores, machine_memory() // 2 // max(1, 12 * largest)))
 
 
 def _bar(futures: Any, count: int) -> Any:
