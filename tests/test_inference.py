@@ -527,8 +527,8 @@ def test_two_dimensional_networks_and_small_components():
 def test_progress_prints_the_forecast_and_the_peak(capsys):
     predict_labels(Threshold(), blank(), patch_size=2, progress=True)
     printed = capsys.readouterr().err
-    assert re.search(r"27 windows, about \d+ s of network, peak memory \d+ MB", printed)
-    assert re.search(r"peak memory was \d+ MB", printed)
+    assert re.search(r"27 windows, about \d+ s of network, peak memory [\d.]+ [MG]B", printed)
+    assert re.search(r"peak memory was [\d.]+ [MG]B", printed)
 
 
 @pytest.mark.parametrize("failing", ["model", "stop"])
