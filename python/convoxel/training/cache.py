@@ -163,10 +163,12 @@ def _build(
 ) -> None:
     if not todo:
         return
-    with ThreadPoolExecutor(min(len(todo), workers or _workers(todo)), "convoxel-cache") as pool:
+    workers = workers or at_a_time([case for case, _ in todo])
+    with ThreadPoolExecutor(min(len(todo), workers), "convoxel-cache") as pool:
         futures = [pool.submit(_fill, case, entry, dataset, recipe) for case, entry in todo]
         try:
-            for future in _bar(as_completed(futures), len(futures)) if progress else as_completed(futures):
+            done = as_completed(futures)
+            for future in bar(done, len(futures), "cases made ready") if progress else done:
                 if message := future.result():
                     warnings.warn(message, UserWarning, stacklevel=3)
         finally:
@@ -174,20 +176,21 @@ def _build(
                 future.cancel()
 
 
-def _workers(todo: Sequence[tuple[Case, Path]]) -> int:
-    """One a core, but no more than fit into half of the memory."""
+def at_a_time(cases: Sequence[Case]) -> int:
+    """How many cases are read at a time: one a core, but no more than fit into half of the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A case in work: gzip holds int16 in a third, float32 is twice that, and resampling has it twice.
-    largest = max(sum(path.stat().st_size for path in case.images) for case, _ in todo)
+    largest = max(sum(path.stat().st_size for path in case.images) for case in cases)
     return max(1, min(cores, machine_memory() // 2 // max(1, 12 * largest)))
 
 
-def _bar(futures: Any, count: int) -> Any:
+def bar(futures: Any, count: int, doing: str) -> Any:
+    """The same futures, with a bar that shows how many of them are done."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError('the progress bar needs tqdm: pip install "convoxel[train]"') from error
-    return tqdm(futures, desc="cases made ready", total=count)
+    return tqdm(futures, desc=doing, total=count)
 
 
 def _fill(case: Case, entry: Path, dataset: Dataset, recipe: Recipe) -> str | None:
@@ -215,8 +218,7 @@ def _fill(case: Case, entry: Path, dataset: Dataset, recipe: Recipe) -> str | No
 
 
 def _write(case: Case, folder: Path, dataset: Dataset, recipe: Recipe) -> str | None:
-    scans = check_scans([read(path) for path in case.images], recipe.channels)
-    labels = _read_labels(case, scans[0], dataset)
+    scans, labels = read_case(case, dataset, recipe.channels)
     placed = recipe.on_grid(scans)
     grid = placed.image.shape[1:]
     _check_disk(folder, placed.image.nbytes + 2 * math.prod(grid))
@@ -237,6 +239,17 @@ def _write(case: Case, folder: Path, dataset: Dataset, recipe: Recipe) -> str | 
         if cut
         else None
     )
+
+
+def read_case(
+    case: Case, dataset: Dataset, channels: Sequence[str]
+) -> tuple[list[Volume], NDArray[np.int16]]:
+    """One Volume per channel and the label map (D, H, W), all on one grid and with values that dataset.json names.
+
+    Raises ValueError, with the remedy, where they are not.
+    """
+    scans = check_scans([read(path) for path in case.images], channels)
+    return scans, _read_labels(case, scans[0], dataset)
 
 
 def _read_labels(case: Case, scan: Volume, dataset: Dataset) -> NDArray[np.int16]:

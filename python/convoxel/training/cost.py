@@ -1,0 +1,135 @@
+"""What a training step will take of memory and time, forecast from the sizes of the network's layers.
+
+    bytes   = program + 12 * weights + held * 4 * values + batches that wait
+    seconds = (3 * multiply-adds / rate + values / traffic) / cores
+
+`weights` are held three times (themselves, gradient, momentum); `values` are those of all convolutions' outputs, of
+the patches computed at once; multiply-adds count three times (forward, two gradients). The constants are of the
+accelerated network, SGD, all decoder stages supervised, measured by tests/campaigns/forecasts.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..runtime import isa
+
+# Measured on two cores of an Intel Xeon with AMX (2026-11-24), peak RSS of three steps; nnU-Net's 3-D network unless
+# said otherwise, 6 classes. float32: 96^3 1.84 GB (forecast 1.83), 128^3 3.39 (3.38), 2 patches of 64^3 1.22 (1.20),
+# 16 x 224 x 224 twice 3.48 (3.48), with 16 features at first 96^3 twice 1.81 (1.69), 2-D 512^2 twice 1.80 (1.86),
+# 256^2 8 times 1.71 (1.71). bfloat16: 96^3 1.28 (1.27), 128^3 twice 3.32 (3.40). Residual: 96^3 3.35 (3.37), 64^3
+# twice 2.16 (2.16).
+_PROGRAM = 330e6  # bytes: Python, torch and the kernels' scratch
+_HELD = {
+    ("float32", False): 1.45,
+    ("float32", True): 1.9,
+    ("bfloat16", False): 0.73,
+    ("bfloat16", True): 0.95,
+}
+_WAITING = 5  # batches that the feed holds: three ahead, one in use, one in the making
+
+# 1e9 multiply-adds a second and core, of (2-D, 3-D) networks, and 1e6 values; measured as above. Winograd's algorithm
+# saves more in 3-D. In float32 the forecast is within 10 % of what was measured: AVX-512 96^3 2.02 s (1.94), 128^3
+# 4.31 (4.61), 64^3 twice 1.20 (1.15), 16 features 96^3 twice 1.52 (1.43), 256^2 8 times 1.94 (1.90); AVX2 96^3
+# 2.90 (2.95), 256^2 8 times 2.87 (2.87); baseline 64^3 twice 3.62 (3.65). AMX in bfloat16: 96^3 0.84 (0.73), 128^3
+# twice 3.26 (3.47); without AMX it is as fast as float32.
+_RATES = {
+    "baseline": (34, 57, 116),
+    "avx2": (82, 143, 116),
+    "avx512": (152, 273, 116),
+    "amx": (430, 790, 278),
+}
+_RESIDUAL = 1.15  # 96^3 3.07 s (3.10)
+_TWICE = 1.28  # with checkpointing: 96^3 2.55 s (2.48), 64^3 twice 1.53 (1.47)
+
+
+class Layer(NamedTuple):
+    """One convolution, or the sum of many."""
+
+    weights: int
+    values: int  # of its output, of one patch
+    multiply_adds: int  # forward, of one patch
+
+
+def network_cost(config: Mapping[str, Any], patch: Sequence[int]) -> Layer:
+    """The sum over all convolutions of a `models.UNet` of this configuration.
+
+    >>> config = {"in_channels": 1, "out_channels": 2, "features": [8, 16], "strides": [[1, 1], [2, 2]],
+    ...           "kernel_size": [[3, 3], [3, 3]], "convs": [1, 1], "deep_supervision": False}
+    >>> network_cost(config, (4, 4))
+    Layer(weights=2904, values=480, multiply_adds=34432)
+    """
+    layers = list(_layers(config, patch))
+    return Layer(*(sum(part) for part in zip(*layers, strict=True)))
+
+
+def _layers(config: Mapping[str, Any], patch: Sequence[int]) -> Iterator[Layer]:
+    features, strides, kernels = config["features"], config["strides"], config["kernel_size"]
+    voxels, size = [], list(patch)
+    for stride in strides:
+        size = [n // s for n, s in zip(size, stride, strict=True)]
+        voxels.append(math.prod(size))
+    residual, stages = config.get("residual", False), len(features)
+    taps = [math.prod(kernel) for kernel in kernels]
+    inputs = config["in_channels"]
+    if residual:
+        yield _conv(inputs, features[0], taps[0], voxels[0])
+        inputs = features[0]
+    for s in range(stages):
+        for _ in range(config["convs"][s]):
+            yield _conv(inputs, features[s], taps[s], voxels[s])
+            if residual:
+                yield _conv(features[s], features[s], taps[s], voxels[s])
+                if inputs != features[s]:
+                    yield _conv(inputs, features[s], 1, voxels[s])
+            inputs = features[s]
+    convs = config.get("decoder_convs") or (1 if residual else config["convs"])
+    convs = [convs] * (stages - 1) if isinstance(convs, int) else convs
+    for s in range(stages - 1):
+        step = math.prod(strides[s + 1])
+        spread = features[s + 1] * features[s] * step
+        yield Layer(spread, features[s] * voxels[s], spread * voxels[s + 1])
+        yield _conv(2 * features[s], features[s], taps[s], voxels[s])
+        for _ in range(convs[s] - 1):
+            yield _conv(features[s], features[s], taps[s], voxels[s])
+        if s == 0 or config["deep_supervision"]:
+            yield _conv(features[s], config["out_channels"], 1, voxels[s])
+
+
+def _conv(inputs: int, outputs: int, taps: int, voxels: int) -> Layer:
+    weights = inputs * outputs * taps
+    return Layer(weights, outputs * voxels, weights * voxels)
+
+
+def training_memory(
+    network: Layer, patches: int, patch: Sequence[int], batch: int, config: Mapping[str, Any], precision: str
+) -> int:
+    """Bytes at the training process's peak.
+
+    Args:
+        network: of `network_cost`.
+        patches: computed at once, `batch` divided by the parts that it is accumulated of.
+    """
+    held = _HELD[precision, bool(config.get("residual"))] * 4 * network.values * patches
+    waiting = _WAITING * batch * math.prod(patch) * (4 * config["in_channels"] + 8)
+    return round(_PROGRAM + 12 * network.weights + held + waiting)
+
+
+def step_seconds(
+    network: Layer, batch: int, config: Mapping[str, Any], precision: str, checkpointing: bool, cores: int
+) -> float:
+    """Seconds of one step on this machine's instruction set, where the cores do nothing else meanwhile."""
+    plane, volume, values = _RATES[_family(precision)]
+    rate = volume if config["rank"] == 3 else plane
+    seconds = 3 * network.multiply_adds / (1e9 * rate) + network.values / (1e6 * values)
+    factor = (_RESIDUAL if config.get("residual") else 1) * (_TWICE if checkpointing else 1)
+    return factor * seconds * batch / cores
+
+
+def _family(precision: str) -> str:
+    name = isa()
+    if name == "amx" and precision == "bfloat16":
+        return "amx"
+    return "avx512" if name in ("avx512", "avx512bf16", "amx") else name
