@@ -7,4 +7,5 @@ cache        scans made ready, on disk, memory-mapped
 patches      which part of which scan is the next one
 augment      one patch made into endless ones
 feed         batches, prepared in the background
+loss         what the network learns from
 """
