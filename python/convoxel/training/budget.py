@@ -55,20 +55,10 @@ class Budget:
         return network_cost(self.config(found), found.patch)
 
     def memory(self, found: Topology, batch: int) -> int:
-        config, settings = self.config(found), self.settings
-        at_once = batch // settings.accumulate
-        return training_memory(self.cost(found), at_once, found.patch, batch, config, settings.precision)
+        return training_memory(self.cost(found), self.config(found), self.settings, found.patch, batch)
 
     def seconds(self, found: Topology, batch: int) -> float:
-        settings = self.settings
-        return step_seconds(
-            self.cost(found),
-            batch,
-            self.config(found),
-            settings.precision,
-            settings.checkpointing,
-            self.cores,
-        )
+        return step_seconds(self.cost(found), self.config(found), self.settings, batch, self.cores)
 
     def fits(self, found: Topology, batch: int) -> bool:
         return (

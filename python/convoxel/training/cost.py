@@ -1,11 +1,11 @@
 """What a training step will take of memory and time, forecast from the sizes of the network's layers.
 
-    bytes   = program + 12 * weights + held * 4 * values + batches that wait
+    bytes   = program + 4 * copies * weights + 4 * held * values + batches that wait
     seconds = (3 * multiply-adds / rate + values / traffic) / cores
 
-`weights` are held three times (themselves, gradient, momentum); `values` are those of all convolutions' outputs, of
-the patches computed at once; multiply-adds count three times (forward, two gradients). The constants are of the
-accelerated network, SGD, all decoder stages supervised, measured by tests/campaigns/forecasts.py.
+`copies` of the weights are themselves, their gradient and what the optimizer keeps; `values` are those of all
+convolutions' outputs, of the patches computed at once; multiply-adds count three times (forward, two gradients). The
+constants are of the accelerated network, all decoder stages supervised, measured by tests/campaigns/forecasts.py.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..runtime import isa
+from .settings import Settings
 
-# Measured on two cores of an Intel Xeon with AMX (2026-11-24), peak RSS of three steps; nnU-Net's 3-D network unless
-# said otherwise, 6 classes. float32: 96^3 1.84 GB (forecast 1.83), 128^3 3.39 (3.38), 2 patches of 64^3 1.22 (1.20),
-# 16 x 224 x 224 twice 3.48 (3.48), with 16 features at first 96^3 twice 1.81 (1.69), 2-D 512^2 twice 1.80 (1.86),
-# 256^2 8 times 1.71 (1.71). bfloat16: 96^3 1.28 (1.27), 128^3 twice 3.32 (3.40). Residual: 96^3 3.35 (3.37), 64^3
-# twice 2.16 (2.16).
+# Measured on two cores of an Intel Xeon with AMX (2026-11-24), peak RSS of three steps with waiting batches; nnU-Net's
+# 3-D network unless said otherwise, 6 classes. float32: two patches of 64^3 1.23 GB (forecast 1.00 of it), 96^3 1.69
+# (1.01), 128^3 3.49 (1.00), twice 16 x 224 x 224 3.55 (1.01), with 16 features at first twice 96^3 1.69 (0.98), 2-D
+# 8 x 256^2 1.72 (1.01), 2 x 512^2 1.82 (1.04). bfloat16: 64^3 0.92 (0.98), 96^3 1.15 (1.00), 128^3 2.13 (1.02),
+# 8 x 256^2 1.27 (0.98).
 _PROGRAM = 330e6  # bytes: Python, torch and the kernels' scratch
+_COPIES = {"sgd": 3, "adamw": 4}
 _HELD = {
     ("float32", False): 1.45,
     ("float32", True): 1.9,
     ("bfloat16", False): 0.73,
     ("bfloat16", True): 0.95,
 }
-_WAITING = 5  # batches that the feed holds: three ahead, one in use, one in the making
+WAITING = 5  # batches that the feed holds: three ahead, one in use, one in the making
 
-# 1e9 multiply-adds a second and core, of (2-D, 3-D) networks, and 1e6 values; measured as above. Winograd's algorithm
-# saves more in 3-D. In float32 the forecast is within 10 % of what was measured: AVX-512 96^3 2.02 s (1.94), 128^3
-# 4.31 (4.61), 64^3 twice 1.20 (1.15), 16 features 96^3 twice 1.52 (1.43), 256^2 8 times 1.94 (1.90); AVX2 96^3
-# 2.90 (2.95), 256^2 8 times 2.87 (2.87); baseline 64^3 twice 3.62 (3.65). AMX in bfloat16: 96^3 0.84 (0.73), 128^3
-# twice 3.26 (3.47); without AMX it is as fast as float32.
+# 1e9 multiply-adds a second and core, of (2-D, 3-D) networks, and 1e6 values; Winograd's algorithm saves more in 3-D.
+# Measured as above, AVX-512: 96^3 1.85 s (forecast 1.04 of it), 128^3 4.21 (1.10), twice 16 x 224 x 224 4.62 (1.00),
+# with 16 features at first twice 96^3 1.34 (1.06), 8 x 256^2 1.84 (1.03). AVX2: 96^3 2.79 (1.05), 8 x 256^2 2.88
+# (1.00). Baseline: twice 64^3 3.62 (1.01). bfloat16 by AMX: 96^3 0.81 (0.90), 128^3 1.79 (0.97), 8 x 256^2 0.76
+# (0.94); without AMX it takes as long as float32.
 _RATES = {
     "baseline": (34, 57, 116),
     "avx2": (82, 143, 116),
@@ -59,7 +61,7 @@ def network_cost(config: Mapping[str, Any], patch: Sequence[int]) -> Layer:
     >>> config = {"in_channels": 1, "out_channels": 2, "features": [8, 16], "strides": [[1, 1], [2, 2]],
     ...           "kernel_size": [[3, 3], [3, 3]], "convs": [1, 1], "deep_supervision": False}
     >>> network_cost(config, (4, 4))
-    Layer(weights=2904, values=480, multiply_adds=34432)
+    Layer(weights=2904, values=480, multiply_adds=26496)
     """
     layers = list(_layers(config, patch))
     return Layer(*(sum(part) for part in zip(*layers, strict=True)))
@@ -104,27 +106,23 @@ def _conv(inputs: int, outputs: int, taps: int, voxels: int) -> Layer:
 
 
 def training_memory(
-    network: Layer, patches: int, patch: Sequence[int], batch: int, config: Mapping[str, Any], precision: str
+    network: Layer, config: Mapping[str, Any], settings: Settings, patch: Sequence[int], batch: int
 ) -> int:
-    """Bytes at the training process's peak.
-
-    Args:
-        network: of `network_cost`.
-        patches: computed at once, `batch` divided by the parts that it is accumulated of.
-    """
-    held = _HELD[precision, bool(config.get("residual"))] * 4 * network.values * patches
-    waiting = _WAITING * batch * math.prod(patch) * (4 * config["in_channels"] + 8)
-    return round(_PROGRAM + 12 * network.weights + held + waiting)
+    """Bytes at the training process's peak; `network` is `network_cost(config, patch)`."""
+    held = _HELD[settings.precision, bool(config.get("residual"))] * 4 * network.values
+    waiting = WAITING * batch * math.prod(patch) * (4 * config["in_channels"] + 8)  # float32, labels int64
+    weights = 4 * _COPIES[settings.optimizer] * network.weights
+    return round(_PROGRAM + weights + held * (batch // settings.accumulate) + waiting)
 
 
 def step_seconds(
-    network: Layer, batch: int, config: Mapping[str, Any], precision: str, checkpointing: bool, cores: int
+    network: Layer, config: Mapping[str, Any], settings: Settings, batch: int, cores: int
 ) -> float:
     """Seconds of one step on this machine's instruction set, where the cores do nothing else meanwhile."""
-    plane, volume, values = _RATES[_family(precision)]
+    plane, volume, values = _RATES[_family(settings.precision)]
     rate = volume if config["rank"] == 3 else plane
     seconds = 3 * network.multiply_adds / (1e9 * rate) + network.values / (1e6 * values)
-    factor = (_RESIDUAL if config.get("residual") else 1) * (_TWICE if checkpointing else 1)
+    factor = (_RESIDUAL if config.get("residual") else 1) * (_TWICE if settings.checkpointing else 1)
     return factor * seconds * batch / cores
 
 

@@ -88,7 +88,7 @@ def fingerprint(dataset: Dataset, *, workers: int | None = None, progress: bool 
 
     >>> found = fingerprint(find_cases("Dataset001_Phantom"))
     >>> found.shapes[0], found.kept[0], found.intensities[0].mean
-    ((75, 128, 128), 1.0, 94.2...)
+    ((58, 118, 118), 1.0, 115.6...)
     """
     cases = dataset.cases
     if not cases:
