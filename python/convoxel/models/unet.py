@@ -3,7 +3,10 @@
 Stage s of the encoder has features[s] channels; its first convolution has stride strides[s], all others
 have stride 1, every one is convolution - norm - activation. The decoder goes back up: a transposed
 convolution with kernel = stride = strides[s + 1], concatenated with the encoder's output of stage s,
-then convs[s] convolutions. A 1x1 convolution gives the logits.
+then decoder_convs[s] convolutions. A 1x1 convolution gives the logits.
+
+With `residual` it is nnU-Net's ResidualEncoderUNet (Isensee 2024): a first convolution at full resolution (the
+stem), then stages of convs[s] residual blocks (blocks.py), of which the first has the stage's stride.
 """
 
 from __future__ import annotations
@@ -16,14 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from .blocks import CONV, CONV_TRANSPOSE, Ascent, Residual, Style, block, he_init, size, twice
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 NORMS = ("instance", "batch", "group", None)
 ACTIVATIONS = ("relu", "leaky_relu")
-LEAK = 0.01
 
 PerStage = int | Sequence[int | Sequence[int]]
 
@@ -39,16 +38,24 @@ class UNet(nn.Module):
         stages means stages of 1, 3 and 3; an anisotropic first stage is ((1, 3, 3), 3, 3).
     norm: "instance" (affine), "batch", "group" (gcd(8, channels) groups) or None (convolutions get a bias).
     activation: "leaky_relu" (slope 0.01) or "relu".
-    convs: convolutions per stage, an int or one per stage; the decoder has as many as the encoder's stage.
+    convs: convolutions per stage of the encoder, or residual blocks of two each; an int or one per stage.
+    residual: an encoder of residual blocks.
+    decoder_convs: convolutions per stage of the decoder, an int or one per stage from full resolution down, one
+        stage fewer than the encoder has; None: as many as the encoder's stage, with `residual` one.
     deep_supervision: in training mode return a list of logits, one per decoder stage, full resolution
         first; in evaluation mode always the full-resolution logits alone.
-    Weights start from torch's `kaiming_normal_` for the activation, biases from 0.
+    checkpointing: an attribute, False at first. Set it, on an accelerated network too, and while training each
+        stage keeps no more than its inputs and runs a second time for its gradients, which are the same bits.
+    Weights start from torch's `kaiming_normal_` for the activation, biases from 0, and so does what a residual
+    block adds to its shortcut.
     Raises ValueError for settings that fit no network and inputs that do not fit this one.
 
     >>> net = UNet(rank=3, in_channels=1, out_channels=4, features=(8, 16, 32))
     >>> net(torch.zeros(1, 1, 8, 16, 16)).shape
     torch.Size([1, 4, 8, 16, 16])
     """
+
+    checkpointing: bool = False
 
     def __init__(
         self,
@@ -62,6 +69,8 @@ class UNet(nn.Module):
         activation: str = "leaky_relu",
         convs: int | Sequence[int] = 2,
         deep_supervision: bool = False,
+        residual: bool = False,
+        decoder_convs: int | Sequence[int] | None = None,
     ):
         super().__init__()
         _check_choices(rank, norm, activation)
@@ -74,6 +83,10 @@ class UNet(nn.Module):
         steps = _per_stage("strides", strides, stages, rank)
         kernels = _per_stage("kernel_size", kernel_size, stages, rank)
         counts = [n[0] for n in _per_stage("convs", convs, stages, 1)]
+        usual = [1] * (stages - 1) if residual else counts[:-1]
+        if decoder_convs is None:
+            decoder_convs = usual
+        decoder_counts = [n[0] for n in _per_stage("decoder_convs", decoder_convs, stages - 1, 1)]
         if any(s != 1 for s in steps[0]):
             raise ValueError(f"strides: the first stage has full resolution, expected 1, received {steps[0]}")
         if any(k % 2 == 0 for kernel in kernels for k in kernel):
@@ -92,41 +105,55 @@ class UNet(nn.Module):
             "convs": counts,
             "deep_supervision": self.deep_supervision,
         }
+        if residual:  # the keys of today's files are those of files without these
+            self.config["residual"] = True
+        if decoder_counts != usual:
+            self.config["decoder_convs"] = decoder_counts
 
-        def stage(inputs: int, s: int, stride: list[int]) -> nn.Sequential:
-            first = _block(rank, inputs, channels[s], kernels[s], stride, norm, activation)
-            rest = [
-                _block(rank, channels[s], channels[s], kernels[s], [1] * rank, norm, activation)
-                for _ in range(counts[s] - 1)
-            ]
-            return nn.Sequential(first, *rest)
+        style, ones = Style(rank, norm, activation), [1] * rank
+        Block = Residual if residual else block
+
+        def stage(s: int) -> nn.Sequential:
+            stem = [block(style, in_channels, channels[0], kernels[0], ones)] if residual and s == 0 else []
+            inputs = channels[0] if stem else [in_channels, *channels][s]
+            first = Block(style, inputs, channels[s], kernels[s], steps[s])
+            rest = (Block(style, channels[s], channels[s], kernels[s], ones) for _ in range(counts[s] - 1))
+            return nn.Sequential(*stem, first, *rest)
 
         def up(s: int) -> nn.Module:
-            step = _size(steps[s + 1])
+            step = size(steps[s + 1])
             return CONV_TRANSPOSE[rank](channels[s + 1], channels[s], step, step)
 
+        def decoder(s: int) -> nn.Sequential:
+            inputs = [2 * channels[s]] + [channels[s]] * (decoder_counts[s] - 1)
+            return nn.Sequential(*(block(style, n, channels[s], kernels[s], ones) for n in inputs))
+
         lower = range(stages - 1)
-        inputs = [in_channels, *channels]
-        self.encoder = nn.ModuleList(stage(inputs[s], s, steps[s]) for s in range(stages))
+        self.encoder = nn.ModuleList(stage(s) for s in range(stages))
+        self.ascent = Ascent()
         self.up = nn.ModuleList(up(s) for s in lower)
-        self.decoder = nn.ModuleList(stage(2 * channels[s], s, [1] * rank) for s in lower)
+        self.decoder = nn.ModuleList(decoder(s) for s in lower)
         heads = lower if self.deep_supervision else lower[:1]
         self.heads = nn.ModuleList(CONV[rank](channels[s], out_channels, 1) for s in heads)
-        _he_init(self, activation)
+        he_init(self, activation)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         self._check_input(x)
         skips = []
         for stage in self.encoder:
-            x = stage(x)
+            x = self._through(stage, x)
             skips.append(x)
         outputs = []
         supervised = self.deep_supervision and self.training
         for s in reversed(range(len(self.decoder))):
-            x = self.decoder[s](torch.cat([skips[s], self.up[s](x)], dim=1))
+            x = self._through(self.ascent, skips[s], x, self.up[s], self.decoder[s])
             if s == 0 or supervised:
                 outputs.append(self.heads[s](x))
         return outputs[::-1] if supervised else outputs[0]
+
+    def _through(self, stage: nn.Module, *inputs: Tensor | nn.Module) -> Tensor:
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        return twice(stage, *inputs) if again else stage(*inputs)
 
     def _check_input(self, x: Tensor) -> None:
         rank, channels = self.config["rank"], self.config["in_channels"]
@@ -142,43 +169,6 @@ class UNet(nn.Module):
                 f"this UNet expects sizes divisible by {tuple(self.divisor)} (the product of its strides), "
                 f"received {tuple(size)}; pad or crop, for example to {padded}"
             )
-
-
-def _block(
-    rank: int,
-    inputs: int,
-    outputs: int,
-    kernel: list[int],
-    stride: list[int],
-    norm: str | None,
-    activation: str,
-) -> nn.Sequential:
-    """Convolution (same padding), norm, activation."""
-    padding = _size([k // 2 for k in kernel])
-    conv = CONV[rank](inputs, outputs, _size(kernel), _size(stride), padding, bias=norm is None)
-    layers: list[nn.Module] = [conv]
-    if norm == "instance":
-        layers.append(INSTANCE_NORM[rank](outputs, affine=True))
-    elif norm == "batch":
-        layers.append(BATCH_NORM[rank](outputs))
-    elif norm == "group":
-        layers.append(nn.GroupNorm(math.gcd(8, outputs), outputs))
-    layers.append(nn.ReLU(inplace=True) if activation == "relu" else nn.LeakyReLU(LEAK, inplace=True))
-    return nn.Sequential(*layers)
-
-
-def _he_init(network: nn.Module, activation: str) -> None:
-    convolutions = tuple(CONV.values()) + tuple(CONV_TRANSPOSE.values())
-    for layer in network.modules():
-        if isinstance(layer, convolutions):
-            torch.nn.init.kaiming_normal_(layer.weight, a=0.0 if activation == "relu" else LEAK)
-            if layer.bias is not None:
-                torch.nn.init.zeros_(layer.bias)
-
-
-def _size(values: list[int]) -> Any:
-    """As torch's layers take it; their annotations name a tuple of fixed length."""
-    return tuple(values)
 
 
 def _check_choices(rank: int, norm: str | None, activation: str) -> None:
