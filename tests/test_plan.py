@@ -451,6 +451,11 @@ def test_labels_have_to_be_without_a_gap():
             planned(made=dataset(labels=labels, ignore=ignore))
 
 
+def test_the_fingerprint_of_other_cases_is_refused():
+    with pytest.raises(ValueError, match="not those of the fingerprint"):
+        make_plan(dataset(3), facts((40, 40, 40), (1.0, 1.0, 1.0), 4), Settings())
+
+
 def test_regions_and_ignore():
     made = dataset(labels={"background": 0, "whole": (1, 2), "core": 2}, ignore=3, order=(1, 2))
     plan = planned(made=made, mirror=False)

@@ -68,7 +68,12 @@ def plan_grid(dataset: Dataset, found: Fingerprint, settings: Settings) -> Grid:
         IMAGE.grid(shape, old, spacing) for shape, old in zip(found.shapes, found.spacings, strict=True)
     ]
     median = np.median(shapes, axis=0).tolist()
-    _check(dataset, found, settings, spacing, median)
+    if settings.rank == 3 and 1 in np.median(found.shapes, axis=0):
+        raise ValueError(
+            f"{dataset.folder}: the scans are single slices ({by(np.median(found.shapes, axis=0).tolist())} voxels), "
+            "and rank is 3; for a network of slices set rank: 2"
+        )
+    _check_spacing(found, transpose[3 - settings.rank :], spacing, median)
     first, second, third = transpose
     grid = Grid(
         transpose,
@@ -114,20 +119,10 @@ def _in_plane(spacing: Numbers, transpose: Sequence[int], given: Sequence[float]
     return z, y, x
 
 
-def _check(
-    dataset: Dataset,
-    found: Fingerprint,
-    settings: Settings,
-    spacing: Sequence[float],
-    median: Sequence[float],
+def _check_spacing(
+    found: Fingerprint, used: Sequence[int], spacing: Sequence[float], median: Sequence[float]
 ) -> None:
-    shape = np.median(found.shapes, axis=0).tolist()
-    if settings.rank == 3 and 1 in shape:
-        raise ValueError(
-            f"{dataset.folder}: the scans are single slices ({by(shape)} voxels), and rank "
-            "is 3; for a network of slices set rank: 2"
-        )
-    used = range(3) if settings.rank == 3 else _transpose(found, spacing)[1:]
+    """Whether scans have voxels, and not too many, along the axes that the network sees."""
     for axis in used:
         if median[axis] < 2:
             extent = float(
@@ -150,8 +145,8 @@ def _reasons(found: Fingerprint, settings: Settings, grid: Grid, why: str) -> tu
     ranges = ", ".join(f"{a} {i:.3g} to {j:.3g}" for a, i, j in zip("zyx", low, high, strict=True))
     names = ["zyx"[axis] for axis in grid.transpose]
     lines = [
-        f"Spacing {by(grid.spacing[3 - settings.rank :])} mm ({', '.join(names[3 - settings.rank :])}): {why} "
-        f"({ranges} mm). There the median scan has {by(grid.median)} voxels."
+        f"Spacing {by(grid.spacing[3 - settings.rank :])} mm ({', '.join(names[3 - settings.rank :])}): {why}. "
+        f"Scans have {ranges} mm. On this grid the median scan has {by(grid.median)} voxels."
     ]
     if grid.transpose != (0, 1, 2):
         lines.append(

@@ -85,6 +85,10 @@ def make_plan(
     ((64, 112, 112), 2, [32, 64, 128, 256, 320])
     """
     _check_labels(dataset)
+    if fingerprint.names != tuple(dataset.names):
+        raise ValueError(
+            f"{dataset.folder}: its cases are not those of the fingerprint; take the fingerprint anew"
+        )
     grid = plan_grid(dataset, fingerprint, settings)
     schemes, masked, intensities = plan_normalisation(dataset, fingerprint)
     rank = settings.rank
@@ -250,10 +254,9 @@ class _Planner:
             f"patch until {left} voxels are left"
         )
         flat = sum(1 in kernel for kernel in found.kernels)
-        if flat == 1:
-            text += "; its first stage works within slices, which are finer than the distance between them"
-        elif flat:
-            text += f"; its first {flat} stages work within slices, which are finer than the distance between them"
+        if flat:
+            stages = "first stage works" if flat == 1 else f"first {flat} stages work"
+            text += f"; its {stages} within slices, whose voxels are smaller than the distance between slices"
         return text + "."
 
     def _about_step(self, found: Topology, batch: int) -> str:
