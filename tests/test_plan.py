@@ -14,8 +14,10 @@ from convoxel import models, volume
 from convoxel.phantom import make_dataset
 from convoxel.preprocessing import Intensities
 from convoxel.training.budget import Budget
+from convoxel.training.cache import store
 from convoxel.training.cases import Case, Dataset, find_cases
 from convoxel.training.cost import Layer, network_cost, step_seconds
+from convoxel.training.feed import Feed
 from convoxel.training.fingerprint import Fingerprint, fingerprint
 from convoxel.training.plan import Plan, make_plan
 from convoxel.training.settings import Settings
@@ -278,14 +280,26 @@ def test_normalisation_goes_by_the_channels_name(name, scheme):
     assert mask.recipe.masked == (scheme == "ZScoreNormalization",)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_cases_are_stored_and_fed_as_planned(mr, tmp_path, rank):
+    """Sagittal slices come first; the box that is not zero, on the planned grid, normalised within its mask."""
+    plan = make_plan(mr, fingerprint(mr), Settings(rank=rank))
+    stored = store(mr, plan.recipe, tmp_path, names=mr.names[:2])
+    assert [case.shape[0] for case in stored] == ([14, 10] if rank == 2 else [14, 13])
+    assert all(abs(float(channel.mean())) < 0.05 for channel in stored[0].image)
+    x, y = next(iter(Feed(stored, plan.patch_size, 2, steps=range(1), workers=0)))
+    assert x.shape == (2, 2, *plan.patch_size) and y.shape == (2, *plan.patch_size)
+
+
 # what it costs
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])
-def test_costs_are_those_of_the_networks_layers(deep_supervision):
-    config = models.create("unet", rank=3, in_channels=2, out_channels=3, features=(4, 8, 12), convs=[1, 2, 3],
-                           strides=[1, [1, 2, 2], 2], kernel_size=[[1, 3, 3], 3, 3],
-                           deep_supervision=deep_supervision).config  # fmt: skip
+@pytest.mark.parametrize("kind", [{}, {"residual": True}, {"residual": True, "decoder_convs": [2, 1]}])
+def test_costs_are_those_of_the_networks_layers(kind, deep_supervision):
+    config = {"rank": 3, "in_channels": 2, "out_channels": 3, "features": (4, 8, 12), "convs": [1, 2, 3],
+              "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_size": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+              "deep_supervision": deep_supervision, **kind}  # fmt: skip
     network, patch = models.create("unet", **config), (4, 8, 12)
     values, adds = 0, 0
 
@@ -463,6 +477,16 @@ def test_regions_and_ignore():
     assert plan.recipe.regions == (1, 2) and plan.recipe.labels["ignore"] == 3 and plan.recipe.mirror == ()
     with pytest.raises(ValueError, match="dataset.json: 2 regions need as many regions_class_order"):
         planned(made=dataclasses.replace(made, region_order=()))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("network", ["plain", "residual"])
+def test_the_planned_network_can_be_made_and_takes_the_patch(rank, network):
+    plan = planned((12, 40, 48), rank=rank, network=network, base_features=2)
+    made = models.create(plan.network["name"], **plan.network["config"]).train()
+    outputs = made(torch.zeros(1, 1, *plan.patch_size))
+    assert outputs[0].shape == (1, 3, *plan.patch_size) and len(outputs) == len(made.config["features"]) - 1
+    assert made.config["features"][:2] == [2, 4] and plan.reasons[2].startswith("Patch")
 
 
 def test_a_plan_survives_json_and_says_what_it_is():
