@@ -71,4 +71,4 @@ class Budget:
         need, seconds = self.memory(found, batch), self.seconds(found, batch)
         if need > self.most:
             return f"would take {need / 1e9:.1f} GB of memory, more than {self.most_said}"
-        return f"would take {seconds:.1f} s a step, more than {self.settings.step_seconds:g} s"
+        return f"would take {seconds:.2f} s a step, more than {self.settings.step_seconds:g} s"
