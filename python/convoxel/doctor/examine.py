@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ..progress import bar
 from ..volume.dicom import is_dicom
 from .cases import examine_case
 from .catalogue import Finding, finding, in_order
@@ -72,7 +71,7 @@ def look_over(
         words = f"no dataset.json, no imagesTr, no DICOM, and no file that ends in {', '.join(ENDINGS)}"
         return Examination(f"{path}: a folder", 0, [finding("no-cases", path, words)])
     found: list[Finding] = []
-    for file in _bar(files, progress):
+    for file in bar(files, "doctor", leave=False) if progress else files:
         found += _scan(file, max_bytes)
     subject = f"{path}: {len(files)} scans" if path.is_dir() else f"{path}: one scan"
     return Examination(subject, len(files), in_order(found))
@@ -102,19 +101,9 @@ def _scan(path: Path, max_bytes: int | None) -> list[Finding]:
 def _dataset(folder: Path, progress: bool, max_bytes: int | None) -> Examination:
     dataset, found = open_dataset(folder)
     facts = []
-    for case in _bar(dataset.cases, progress):
+    for case in bar(dataset.cases, "doctor", leave=False) if progress else dataset.cases:
         fact, more = examine_case(case, dataset, max_bytes)
         facts.append(fact)
         found += more
     found += examine_cohort(dataset, facts)
     return Examination(str(dataset), sum(fact.files for fact in facts), in_order(found))
-
-
-def _bar(items: list[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return items
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('the progress bar needs tqdm: pip install "convoxel[io]"') from error
-    return tqdm(items, desc="doctor", leave=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..progress import bar
 from ..volume import VolumeError
 from .cases import Case, find, load
 from .result import Result, completed
@@ -111,7 +112,7 @@ def _score(
 ) -> dict[str, dict[str, Scores]]:
     """case -> structure -> scores, of the structures in either file; what is wrong goes to `errors`."""
     found: dict[str, dict[str, Scores]] = {}
-    for case in _bar(cases) if progress else cases:
+    for case in bar(cases, "cases") if progress else cases:
         try:
             prediction, truth, unknown = load(case, structures)
         except VolumeError as error:
@@ -126,11 +127,3 @@ def _score(
             for name, several in named.values.items()
         }
     return found
-
-
-def _bar(cases: list[Case]) -> Iterable[Case]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('the progress bar needs tqdm: pip install "convoxel[evaluate]"') from error
-    return tqdm(cases, desc="cases")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..progress import bar
 from .blend import Canvas
 from .windows import (
     Window,
@@ -165,14 +166,7 @@ def _batches(
         for band in bands
         for i in range(0, len(band), size)
     ]
-    if not progress:
-        yield from batches
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('progress=True needs tqdm: pip install "convoxel[train]"') from error
-    yield from tqdm(batches, desc="windows")
+    yield from bar(batches, "windows") if progress else batches
 
 
 def _unpack(y: Any, batch: int, rank: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:

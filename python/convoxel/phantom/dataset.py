@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..progress import bar
 from ..volume import Volume, write
 from . import imaging
 from .anatomy import LABELS, draw
@@ -132,7 +133,7 @@ def make_dataset(
         for kind in ("images", "labels"):
             (folder / f"{kind}{part}").mkdir(parents=True, exist_ok=True)
     todo = [(part, i, name) for part in names for i, name in enumerate(names[part])]
-    for part, i, name in _bar(todo) if progress else todo:
+    for part, i, name in bar(todo, "cases") if progress else todo:
         case = make_case(
             (seed, part == "Ts", i), shape=shape, spacing=spacing, modalities=modalities, vary=vary
         )
@@ -237,14 +238,6 @@ def _msd(modalities: Sequence[str], names: dict[str, list[str]]) -> dict[str, An
         ],
         "test": [f"./imagesTs/{name}.nii.gz" for name in names["Ts"]],
     }
-
-
-def _bar(todo: list[tuple[str, int, str]]) -> Iterable[tuple[str, int, str]]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('the progress bar needs tqdm: pip install "convoxel[io]"') from error
-    return tqdm(todo, desc="cases")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..importers.trained import SAME_PLACE, check_scans
+from ..progress import bar
 from ..volume import Volume, read
 from ..volume.files import machine_memory
 from .cases import Case, Dataset
@@ -168,7 +169,7 @@ def _build(
         futures = [pool.submit(_fill, case, entry, dataset, recipe) for case, entry in todo]
         try:
             done = as_completed(futures)
-            for future in bar(done, len(futures), "cases made ready") if progress else done:
+            for future in bar(done, "cases made ready", len(futures)) if progress else done:
                 if message := future.result():
                     warnings.warn(message, UserWarning, stacklevel=3)
         finally:
@@ -182,15 +183,6 @@ def at_a_time(cases: Sequence[Case]) -> int:
     # A case in work: gzip holds int16 in a third, float32 is twice that, and resampling has it twice.
     largest = max(sum(path.stat().st_size for path in case.images) for case in cases)
     return max(1, min(cores, machine_memory() // 2 // max(1, 12 * largest)))
-
-
-def bar(futures: Any, count: int, doing: str) -> Any:
-    """The same futures, with a bar that shows how many of them are done."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('the progress bar needs tqdm: pip install "convoxel[train]"') from error
-    return tqdm(futures, desc=doing, total=count)
 
 
 def _fill(case: Case, entry: Path, dataset: Dataset, recipe: Recipe) -> str | None:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ..importers.nnunet_recipe import READERS
 from ..preprocessing import Intensities, nonzero_box
-from .cache import at_a_time, bar, read_case
+from ..progress import bar
+from .cache import at_a_time, read_case
 from .cases import Case, Dataset
 
 READER = "NibabelIOWithReorient"  # axes of all cases run alike: (z, y, x) upwards, forwards, rightwards
@@ -97,7 +98,7 @@ def fingerprint(dataset: Dataset, *, workers: int | None = None, progress: bool 
         futures = [pool.submit(_look, case, dataset) for case in cases]
         try:
             done = as_completed(futures)
-            for future in bar(done, len(futures), "cases looked at") if progress else done:
+            for future in bar(done, "cases looked at", len(futures)) if progress else done:
                 future.result()
         finally:
             for future in futures:
