@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..conversion.layout import to_last
+from ..modes import in_mode
 
 Flips = tuple[bool, ...]  # of the axes D, H, W
 Model = Callable[[Tensor], Tensor]
@@ -86,14 +87,9 @@ def checked(y: Any, x: Tensor) -> Tensor:
 @contextmanager
 def evaluating(models: Sequence[object]) -> Iterator[None]:
     """Eval mode for every module inside, without gradients, and afterwards the mode that each had."""
-    modules = [m for model in models if isinstance(model, torch.nn.Module) for m in model.modules()]
-    modes = [(module, module.training) for module in modules]
-    for model in models:
-        if isinstance(model, torch.nn.Module):
-            model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with ExitStack() as stack:
+        for model in models:
+            if isinstance(model, torch.nn.Module):
+                stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(torch.no_grad())
+        yield

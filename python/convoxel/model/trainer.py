@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,6 +25,7 @@ from .. import checkpoint, losses, models
 from ..callbacks import Callback, History
 from ..metrics import Metric
 from ..metrics import get as get_metrics
+from ..modes import in_mode
 from .batches import Array, Data, batches, inputs_only, pair
 from .progress import Bar, Means, text
 from .summary import summary
@@ -221,7 +221,7 @@ class Trainer(nn.Module):
             listener.set_model(self)
         if not self._lazy():
             self._require_optimizer()
-        with self._mode(training=True):
+        with in_mode(self, training=True):
             for listener in listeners:
                 listener.on_train_begin()
             for epoch in range(epochs):
@@ -255,7 +255,7 @@ class Trainer(nn.Module):
         """
         data = batches(x, None, batch_size, labelled=False)
         outputs: list[Tensor] = []
-        with self._mode(training=False), Bar("predict", data, verbose) as bar:
+        with in_mode(self, training=False), Bar("predict", data, verbose) as bar:
             for number, batch in enumerate(data):
                 inputs = self._input(inputs_only(batch), first=number == 0)
                 output = self.predict_step(inputs)
@@ -292,7 +292,7 @@ class Trainer(nn.Module):
             self._materialise(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
         else:
             self.count_params()
-        with self._mode(training=False):
+        with in_mode(self, training=False):
             print_fn(summary(self, shape))
 
     def save(self, path: str | PathLike) -> None:
@@ -344,7 +344,7 @@ class Trainer(nn.Module):
     @torch.no_grad()
     def _test(self, data: Iterable, bar: Bar) -> dict[str, float]:
         means = Means(self.metrics)
-        with self._mode(training=False):
+        with in_mode(self, training=False):
             for x, y in self._pairs(data):
                 means.add(self.test_step(x, y), len(x))
                 bar.step(means.values)
@@ -389,7 +389,7 @@ class Trainer(nn.Module):
         """Lazy layers take their sizes from one sample; in evaluation mode, so that nothing else moves."""
         if not self._lazy():
             return
-        with self._mode(training=False), torch.no_grad():
+        with in_mode(self, training=False), torch.no_grad():
             self(x[:1])
         if left := self._lazy():
             raise ValueError(
@@ -423,16 +423,6 @@ class Trainer(nn.Module):
                 f"the loss is {loss} at {self._place}; training stopped {when}. "
                 "Look for nan or huge values in x and y, or lower the learning rate"
             )
-
-    @contextmanager
-    def _mode(self, training: bool) -> Iterator[None]:
-        found = [(module, module.training) for module in self.modules()]
-        self.train(training)
-        try:
-            yield
-        finally:
-            for module, flag in found:
-                module.training = flag
 
     def _network(self) -> nn.Module:
         """What the registry may know; a wrapper names what it wraps."""
