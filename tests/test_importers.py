@@ -14,7 +14,8 @@ import torch
 
 from convoxel import checkpoint, importers, models, volume
 from convoxel.importers import networks, nnunet, safe
-from convoxel.importers.nnunet_recipe import gaussian, steps
+from convoxel.importers.nnunet_recipe import gaussian
+from convoxel.inference.windows import spread
 from convoxel.volume import Volume
 
 pytest.importorskip("nibabel")
@@ -63,8 +64,11 @@ def test_a_scan_is_prepared_as_nnunet_does(name, tmp_path):
 
 
 def test_windows_and_weights_are_nnunets():
-    assert steps(110, 64, 0.5) == [0, 23, 46]
-    assert steps(64, 64, 0.5) == [0]
+    assert spread(110, 64, 0.5) == [0, 23, 46]
+    assert spread(64, 64, 0.5) == [0]
+    assert spread(9, 5, 0.5) == [0, 2, 4]  # MONAI's step, 2 voxels, would take as many
+    assert spread(10, 5, 0.5) == [0, 2, 5]  # and there 4 windows
+    assert spread(4, 1, 0.5) == [0, 1, 2, 3]  # no window twice
     weights = gaussian((16, 20, 8))
     assert weights.shape == (16, 20, 8) and weights[8, 10, 4] == 10 and weights.min() > 0
     assert torch.equal(weights, weights.half().float())

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..inference import Axis
-from ..inference.windows import per_axis
+from ..inference.windows import per_axis, spread
 from ..preprocessing import (
     SCHEMES,
     Intensities,
@@ -231,7 +231,7 @@ class NnunetRecipe(Recipe):
         rim = padding(grid, patch)
         padded = np.pad(image, [(0, 0), *rim]) if any(map(any, rim)) else image
         overlaps = per_axis("overlap", overlap, 3)
-        starts = tuple(steps(n, p, o) for n, p, o in zip(padded.shape[1:], patch, overlaps, strict=True))
+        starts = tuple(spread(n, p, o) for n, p, o in zip(padded.shape[1:], patch, overlaps, strict=True))
         axes = self._axes(grid, placed.cropped, placed.target, placed.spacing, [low for low, _ in rim])
         return Prepared(
             torch.from_numpy(padded), self.patch_size, starts, gaussian(patch), axes, placed.frame
@@ -269,17 +269,6 @@ class NnunetRecipe(Recipe):
 def _nearest(n: int, m: int) -> Axis:
     low = nearest(n, m)
     return Axis(low, low, np.zeros(m, np.float32))
-
-
-def steps(n: int, patch: int, overlap: float) -> list[int]:
-    """First voxels of the windows on one axis, evenly apart, at most patch * (1 - overlap).
-
-    >>> steps(110, 64, 0.5)
-    [0, 23, 46]
-    """
-    count = math.ceil((n - patch) / (patch * (1 - overlap))) + 1
-    width = (n - patch) / (count - 1) if count > 1 else 0.0
-    return [int(np.round(width * i)) for i in range(count)]
 
 
 def gaussian(patch: Sequence[int]) -> Tensor:

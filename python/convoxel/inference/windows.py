@@ -76,9 +76,14 @@ def starts(n: int, roi: int, overlap: float) -> list[int]:
 
 
 def spread(n: int, roi: int, overlap: float) -> list[int]:
-    """As many windows as `starts`, evenly spread: n=110, roi=64, overlap=0.5 -> 0, 23, 46."""
-    last = len(starts(n, roi, overlap)) - 1
-    return [round(i * (n - roi) / last) if last else 0 for i in range(last + 1)]
+    """First voxels of windows that lie evenly apart, at most roi * (1 - overlap), as nnU-Net's do; each once.
+
+    >>> spread(110, 64, 0.5)
+    [0, 23, 46]
+    """
+    count = math.ceil((n - roi) / (roi * (1 - overlap))) + 1
+    width = (n - roi) / (count - 1) if count > 1 else 0.0
+    return sorted({round(width * i) for i in range(count)})
 
 
 def weight_map(
