@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from convoxel.inference import predict_labels, sliding_window_inference
+from convoxel.inference.maps import Maps, entropy_of, probabilities_of
 from convoxel.volume import Volume, VolumeError, read
 
 IMAGES = {1: (2, 3, 11), 2: (2, 2, 10, 7), 3: (1, 2, 6, 9, 7)}
@@ -508,6 +510,41 @@ def test_maps_are_written(tmp_path, regions):
     terms = p * np.log(p) + (0 if regions is None else (1 - p) * np.log(1 - p))
     np.testing.assert_allclose(entropy, -terms.sum(0), rtol=1e-4)
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(paths.values())
+
+
+def test_maps_of_a_part_of_the_scan(tmp_path):
+    """A turned view: what lies outside is certain; a block goes to its own place, whatever its shape."""
+    scan = Volume(np.zeros((5, 6, 7), np.float32), None, AFFINE)
+    logits = np.random.default_rng(0).normal(size=(4, 6, 3, 2)).astype(np.float32)
+
+    def frame(array):
+        return array[..., 1:4, :, 2:6].swapaxes(-1, -3)[..., ::-1, :]  # (4, 6, 3), the second backwards
+
+    for regions in (False, True):
+        wanted = np.zeros((2, 5, 6, 7), np.float32)
+        wanted[0] = not regions
+        p = probabilities_of(logits, regions)
+        frame(wanted)[...] = np.moveaxis(p, -1, 0)
+        with Maps(scan, regions, tmp_path / "p.nii", tmp_path / "e.nii", frame) as maps:
+            for z, y in ((slice(0, 1), slice(0, 6)), (slice(1, 4), slice(0, 2)), (slice(1, 4), slice(2, 6))):
+                maps.add((z, y, slice(0, 3)), logits[z, y])
+            assert maps.held == 4 * 5 * 6 * 7
+            if sys.platform == "linux":
+                assert str(tmp_path) not in Path("/proc/self/maps").read_text()  # nothing stays mapped
+            maps.write()
+        assert np.array_equal(read(tmp_path / "p.nii").array, wanted)
+        entropy = np.zeros((5, 6, 7), np.float32)
+        frame(entropy)[...] = entropy_of(p, regions)
+        assert np.array_equal(read(tmp_path / "e.nii").array, entropy)
+
+
+def test_maps_are_refused_before_the_work(tmp_path, monkeypatch):
+    with pytest.raises(VolumeError, match=r"p\.nrrd: expected a name that ends in \.nii or \.nii\.gz"):
+        predict_labels(Threshold(), blank(), patch_size=2, probabilities=tmp_path / "p.nrrd")
+    usage = type("Usage", (), {"free": 4 * 2 * 64 - 1})
+    monkeypatch.setattr("convoxel.inference.maps.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(VolumeError, match=r"probabilities \(2, 4, 4, 4\) take"):
+        predict_labels(Threshold(2), blank(), patch_size=2, probabilities=tmp_path / "p.nii")
 
 
 def test_two_dimensional_networks_and_small_components():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..inference import Axis, predict_on_grid
-from ..inference.maps import probabilities_of
-from ..volume import Volume, write
+from ..inference.maps import Frame, Maps, Probability
+from ..inference.walk import Region
+from ..volume import Volume
 from ..volume.files import machine_memory
-from ..volume.formats import check_target
 from .networks import Description
 
 SAME_PLACE = 0.05  # voxels by which the channels of one scan may lie apart
-
-
-Frame = Callable[[NDArray[Any]], NDArray[Any]]  # (..., D, H, W) of the scan -> the labels' part of it, a view
 
 
 @dataclass(frozen=True)
@@ -39,9 +34,7 @@ class Prepared:
     axes: list[Axis] | None  # where the labels' voxels lie on the network's grid; None: on its own
     frame: Frame
     activation: Callable[[Tensor], Tensor] | None = None  # of finished logits, before they are resampled
-    probability: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = (
-        None  # of scores; None: of logits
-    )
+    probability: Probability | None = None  # of what the activation makes; None: softmax or sigmoid of logits
 
 
 Overlap = float | tuple[float, ...]
@@ -111,33 +104,33 @@ class TrainedModel:
         split, recipe = self.check(scans), self.recipe
         overlap = recipe.overlap if overlap is None else overlap
         grid, ready = split[0], recipe.prepare(split, overlap)
-        maps = None if probabilities is None else Probabilities(grid, ready, recipe.regions, probabilities)
         masks = Masks(grid, ready) if recipe.masks else None
-        takers = [part.add for part in (maps, masks) if part is not None]
+        regions = recipe.regions is not None
+        with Maps(grid, regions, probabilities, None, ready.frame, ready.probability) as maps:
+            takers = [part.add for part in (maps, masks) if part]
 
-        def take(where: tuple[slice, slice, slice], scores: NDArray[np.float32]) -> None:
-            for add in takers:
-                add(where, scores)
+            def take(where: Region, scores: NDArray[np.float32]) -> None:
+                for add in takers:
+                    add(where, scores)
 
-        labels = predict_on_grid(
-            self.networks,
-            ready.image,
-            patch_size=ready.patch_size,
-            starts=ready.starts,
-            overlap=overlap,
-            weights=ready.weights,
-            axes=ready.axes,
-            batch_size=batch_size,
-            mirror_axes=recipe.mirror_axes if mirror else (),
-            regions=recipe.regions,
-            max_ram=max_ram,
-            scratch=scratch,
-            activation=ready.activation,
-            scores=take if takers else None,
-            held=math.prod(grid.grid_shape),
-            progress=progress,
-        )
-        if maps is not None:
+            labels = predict_on_grid(
+                self.networks,
+                ready.image,
+                patch_size=ready.patch_size,
+                starts=ready.starts,
+                overlap=overlap,
+                weights=ready.weights,
+                axes=ready.axes,
+                batch_size=batch_size,
+                mirror_axes=recipe.mirror_axes if mirror else (),
+                regions=recipe.regions,
+                max_ram=max_ram,
+                scratch=scratch,
+                activation=ready.activation,
+                scores=take if takers else None,
+                held=math.prod(grid.grid_shape),
+                progress=progress,
+            )
             maps.write()
         if masks is not None:
             return grid.like(masks.whole)
@@ -158,51 +151,11 @@ class Masks:
     def __init__(self, scan: Volume, ready: Prepared) -> None:
         self.scan, self.ready = scan, ready
 
-    def add(self, where: tuple[slice, ...], scores: NDArray[np.float32]) -> None:
+    def add(self, where: Region, scores: NDArray[np.float32]) -> None:
         if not hasattr(self, "whole"):
             self.whole = np.zeros((scores.shape[-1], *self.scan.grid_shape), np.uint8)
-        self.ready.frame(self.whole)[tuple([slice(None), *where])] = np.moveaxis(scores > 0, -1, 0)
-
-
-class Probabilities:
-    """Softmax of classes, or sigmoids of regions, as their logits are done: (K, D, H, W) float32 on the scan's grid.
-
-    They wait in a file without a name beside the target, so that they cost disk and not memory. Outside the box that
-    the network saw the background is certain.
-    """
-
-    def __init__(self, scan: Volume, ready: Prepared, regions: Sequence[int] | None, target: Path) -> None:
-        check_target(target)
-        self.scan, self.ready, self.regions, self.target = scan, ready, regions, target
-        self.whole: NDArray[np.float32] | None = None
-
-    def add(self, where: tuple[slice, ...], logits: NDArray[np.float32]) -> None:
-        """logits (d, h, w, K) of a region of the labels' frame."""
-        of = self.ready.probability
-        p = probabilities_of(logits, self.regions is not None) if of is None else of(logits)
-        if self.whole is None:
-            self.whole = self._blank(p.shape[-1])
-            self.view = self.ready.frame(self.whole)
-        self.view[tuple([slice(None), *where])] = np.moveaxis(p, -1, 0)
-
-    def write(self) -> None:
-        if self.whole is not None:
-            write(self.scan.like(self.whole), self.target)
-
-    def _blank(self, classes: int) -> NDArray[np.float32]:
-        shape = (classes, *self.scan.grid_shape)
-        folder = self.target.resolve().parent
-        need, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
-        if need > free:
-            raise ValueError(
-                f"{folder}: the probabilities {shape} take {need} bytes, the disk has {free}; free some"
-            )
-        with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps it open
-            file.truncate(need)
-            whole: NDArray[np.float32] = np.memmap(file, np.float32, "r+", shape=shape)
-        if self.regions is None:
-            whole[0] = 1
-        return whole
+        z, y, x = where
+        self.ready.frame(self.whole)[:, z, y, x] = np.moveaxis(scores > 0, -1, 0)
 
 
 def check_scans(scans: Sequence[Volume], wanted: Sequence[str]) -> list[Volume]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..volume import Volume, VolumeError
-from ..volume.formats import check_target, write_planes
+from ..volume.formats import check_planes_target, write_planes
 from .forecast import size
 from .walk import Region
+
+Target = str | os.PathLike[str] | None
+Frame = Callable[[NDArray[Any]], NDArray[Any]]  # (..., D, H, W) of the scan -> the labels' part of it, a view
+Probability = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # (..., K) logits -> (..., K)
 
 
 def probabilities_of(logits: NDArray[np.float32], regions: bool) -> NDArray[np.float32]:
@@ -35,16 +42,24 @@ class Maps:
     """Where blocks of logits go: files of probabilities (K, D, H, W) and of entropy (D, H, W), on a volume's grid.
 
     Probabilities wait in a file without a name beside their target, as large as they are; entropy in memory.
+
+    Args:
+        volume: whose grid it is.
+        regions: channels are regions that overlap, not classes.
+        probabilities, entropy: .nii or .nii.gz files, or None.
+        frame: (..., D, H, W) of the volume -> the part of it that blocks are given for, a view. What lies outside is
+            certain: background, the first class; no region.
+        probability: (..., K) logits, as they are given -> (..., K) probabilities; None: `probabilities_of`.
     """
 
-    def __init__(self, volume: Volume, regions: bool, probabilities: str | os.PathLike[str] | None,
-                 entropy: str | os.PathLike[str] | None) -> None:  # fmt: skip
-        self.volume, self.regions, self.targets = volume, regions, (probabilities, entropy)
+    def __init__(self, volume: Volume, regions: bool, probabilities: Target, entropy: Target = None,
+                 frame: Frame = lambda array: array, probability: Probability | None = None) -> None:  # fmt: skip
+        self.volume, self.regions, self.targets, self.frame = volume, regions, (probabilities, entropy), frame
+        self.probability = probability or partial(probabilities_of, regions=regions)
         for path in self.targets:
             if path is not None:
-                check_target(path)
-        shape = volume.grid_shape
-        self.entropy = None if entropy is None else np.empty(shape, np.float32)
+                check_planes_target(path)
+        self.entropy = None if entropy is None else np.zeros(volume.grid_shape, np.float32)
         self.planes: PlanesOnDisk | None = None
 
     @property
@@ -56,14 +71,22 @@ class Maps:
         return any(path is not None for path in self.targets)
 
     def add(self, where: Region, logits: NDArray[np.float32]) -> None:
-        p = probabilities_of(logits, self.regions)
+        """logits (d, h, w, K) of a region of the frame."""
+        p = self.probability(logits)
         if self.entropy is not None:
-            self.entropy[where] = entropy_of(p, self.regions)
+            self.frame(self.entropy)[where] = entropy_of(p, self.regions)
         if self.targets[0] is not None:
             if self.planes is None:
-                folder = Path(self.targets[0]).resolve().parent
-                self.planes = PlanesOnDisk((p.shape[-1], *self.volume.grid_shape), folder)
-            self.planes.put(where, np.moveaxis(p, -1, 0))
+                self.planes = self._blank(p.shape[-1], Path(self.targets[0]))
+            for plane, values in enumerate(np.moveaxis(p, -1, 0)):
+                self.frame(self.planes[plane])[where] = values
+
+    def _blank(self, classes: int, target: Path) -> PlanesOnDisk:
+        planes = PlanesOnDisk((classes, *self.volume.grid_shape), target.resolve().parent)
+        if not self.regions and self.frame(planes[0]).size < planes[0].size:
+            for z in range(planes.shape[1]):
+                planes[0, z][:] = 1
+        return planes
 
     def __enter__(self) -> Maps:
         return self
@@ -81,33 +104,27 @@ class Maps:
 
 
 class PlanesOnDisk:
-    """A float32 array (K, D, H, W) in a file without a name, written in blocks of whole lines, read plane by plane."""
+    """A float32 array (K, D, H, W), at first 0, in a file without a name.
+
+    What is indexed is mapped for as long as it is held: pages that were touched count as memory of the process until
+    they are unmapped.
+    """
 
     def __init__(self, shape: tuple[int, ...], folder: Path) -> None:
         self.shape, self.ndim, self.dtype = shape, len(shape), np.dtype(np.float32)
-        needed, free = 4 * int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(folder).free
+        needed, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
         if free < needed:
             raise VolumeError(f"{folder}: probabilities {shape} take {size(needed)}, the disk has {size(free)}; "
                               "free some, or write elsewhere")  # fmt: skip
-        self._stream = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file.truncate(needed)
 
     def close(self) -> None:
-        self._stream.close()
+        self._file.close()
 
-    def put(self, where: Region, block: NDArray[np.float32]) -> None:
-        """block (K, d, h, W)."""
-        z, y, x = where
-        if (x.start, x.stop) != (0, self.shape[3]):
-            raise AssertionError("blocks are of whole lines")
-        for k, d in np.ndindex(block.shape[:2]):
-            at = ((k * self.shape[1] + z.start + d) * self.shape[2] + y.start) * self.shape[3]
-            self._stream.seek(4 * at)
-            self._stream.write(np.ascontiguousarray(block[k, d]).data)
-
-    def __getitem__(self, index: tuple[int, int]) -> NDArray[np.float32]:
-        plane = self.shape[2] * self.shape[3]
-        self._stream.seek(4 * (index[0] * self.shape[1] + index[1]) * plane)
-        return np.frombuffer(self._stream.read(4 * plane), np.float32).reshape(self.shape[2:])
+    def __getitem__(self, index: int | tuple[int, ...]) -> NDArray[np.float32]:
+        """planes[k] (D, H, W), planes[k, z] (H, W): views that may be written to."""
+        return np.memmap(self._file, np.float32, "r+", shape=self.shape)[index]
 
 
 def remove_small(labels: NDArray[Any], least: int) -> int:
@@ -118,7 +135,7 @@ def remove_small(labels: NDArray[Any], least: int) -> int:
     try:
         from scipy import ndimage
     except ImportError as error:
-        raise ImportError('removing small components needs scipy: pip install "convoxel[scan]"') from error
+        raise ImportError('removing small components needs scipy: pip install "convoxel[predict]"') from error
     changed = 0
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:

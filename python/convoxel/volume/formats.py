@@ -104,9 +104,7 @@ def write(volume: Volume, path: str | os.PathLike[str], *, compress: bool | None
 def write_planes(volume: Volume, array: Any, path: str | os.PathLike[str]) -> None:
     """`write` of another array, (D, H, W) or (C, D, H, W), on the volume's grid, as NIfTI: all that is asked
     of it are shape, ndim, dtype and planes, array[z] or array[c, z], so that it need not fit into memory."""
-    path = _writable(path)
-    if not path.name.lower().endswith(_NIFTI):
-        raise VolumeError(f"{path}: expected a name that ends in {' or '.join(_NIFTI)}")
+    path = _nifti(path)
     write_atomically(
         path,
         lambda stream: nifti.save(volume, array, stream, path.name.lower().endswith(".gz"), path),
@@ -122,6 +120,18 @@ def check_target(path: str | os.PathLike[str]) -> None:
     folder = path.resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise VolumeError(f"{path}: its folder does not exist or is not writable; make it first")
+
+
+def check_planes_target(path: str | os.PathLike[str]) -> None:
+    """`check_target` for `write_planes`."""
+    check_target(_nifti(path))
+
+
+def _nifti(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.name.lower().endswith(_NIFTI):
+        raise VolumeError(f"{path}: expected a name that ends in {' or '.join(_NIFTI)}")
+    return path
 
 
 def _writable(path: str | os.PathLike[str]) -> Path:
