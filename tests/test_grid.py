@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from convoxel.inference import Axis, predict_on_grid
+from convoxel.inference import Axis, predict_on_grid, walk
 from convoxel.inference.maps import entropy_of, probabilities_of, remove_small
 from convoxel.inference.plan import Plan
 from convoxel.inference.rows import Rows
@@ -90,7 +90,7 @@ def settings(case):
 def test_labels_of_every_schedule_are_those_of_the_dense_computation(case, order, monkeypatch):
     x, placed, axes = settings(case)
     _, patch, _, overlap, classes, batch = case
-    monkeypatch.setattr(Plan, "smallest", lambda *args, whole_lines: Plan.of(order, *args))
+    monkeypatch.setattr(Plan, "smallest", lambda *args: Plan.of(order, *args))
     labels = predict_on_grid(Ramp(classes), x, patch_size=patch, overlap=overlap, axes=axes, batch_size=batch)
     assert labels.dtype == np.uint8 and labels.flags.c_contiguous
     assert_labels(labels, dense([Ramp(classes)], x, patch, placed, axes))
@@ -115,11 +115,31 @@ def test_scores(classes, isa):
     assert np.array_equal(labels, predict_on_grid(models, x, **how))
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=lambda o: "".join(map(str, o)))
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 10**6])
+def test_every_voxel_is_handed_out_once_in_blocks_of_any_size(order, rows, monkeypatch):
+    """Long along the later of the two axes that blocks are cut in."""
+    x, _, axes = settings(CASES[2])
+    line = 4 * 3 * len(axes[order[2]])
+    monkeypatch.setattr(walk, "_BLOCK", rows * line)
+    monkeypatch.setattr(Plan, "smallest", lambda *args: Plan.of(order, *args))
+    got = np.full((*map(len, axes), 3), np.nan, np.float32)
+
+    def take(where, block):
+        assert np.isnan(got[where]).all() and block.nbytes <= max(1, rows) * line
+        later, earlier = (block.shape[at(order[:2])] for at in (max, min))
+        assert earlier == 1 or later > 1
+        got[where] = block
+
+    labels = predict_on_grid(Ramp(3), x, patch_size=CASES[2][1], overlap=0.6, axes=axes, scores=take)
+    assert np.array_equal(labels, got.argmax(-1))
+
+
 def test_memory_is_what_the_plan_says_and_the_scratch_file_changes_nothing(tmp_path, monkeypatch):
     case = ((40, 30, 20), (8, 6, 5), (55, 41, 20), 0.5, 5, 1)
     x, placed, axes = settings(case)
     plan = Plan.smallest(case[0], case[1], placed, axes)
-    assert plan.rows() < 0.45 * plan.size[0] * plan.size[1] and plan.order[0] == 0
+    assert plan.rows < 0.45 * plan.size[0] * plan.size[1] and plan.order[0] == 0
     capacities = []
     make = Rows.__init__
 
@@ -130,10 +150,10 @@ def test_memory_is_what_the_plan_says_and_the_scratch_file_changes_nothing(tmp_p
     monkeypatch.setattr(Rows, "__init__", record)
     free = predict_on_grid(Ramp(5), x, patch_size=case[1], axes=axes)
     monkeypatch.setattr(Rows, "__init__", lambda self, plan, classes, _, __=None: record(
-        self, plan, classes, plan.least_rows(), tmp_path))  # fmt: skip
+        self, plan, classes, plan.least_rows, tmp_path))  # fmt: skip
     assert np.array_equal(predict_on_grid(Ramp(5), x, patch_size=case[1], axes=axes), free)
-    assert capacities == [(plan.rows(), None), (plan.least_rows(), tmp_path)]
-    assert plan.least_rows() < plan.rows() and not list(tmp_path.iterdir())
+    assert capacities == [(plan.rows, None), (plan.least_rows, tmp_path)]
+    assert plan.least_rows < plan.rows and not list(tmp_path.iterdir())
 
 
 def test_a_ceiling_is_kept_or_refused_with_the_least_that_would_do(tmp_path):
@@ -144,6 +164,23 @@ def test_a_ceiling_is_kept_or_refused_with_the_least_that_would_do(tmp_path):
     enough = int(re.search(r"max_ram=(\d+)", str(caught.value))[1])
     free = predict_on_grid(Ramp(60), x, **how)
     assert np.array_equal(predict_on_grid(Ramp(60), x, **how, max_ram=enough + (64 << 20)), free)
+
+
+@pytest.mark.parametrize(
+    "classes, regions, size", [(256, None, 1), (257, None, 2), (2, (1, 255), 1), (2, (1, 256), 2)]
+)
+def test_the_forecast_knows_how_large_a_label_is(classes, regions, size):
+    with pytest.raises(ValueError, match=rf", {6 * 7 * 8 * size} for the result,"):
+        predict_on_grid(Ramp(classes), image((6, 7, 8)), patch_size=(4, 4, 4), regions=regions, max_ram=0)
+
+
+def test_the_last_axis_is_visited_last_unless_that_keeps_a_third_more():
+    def order(size):
+        placed = [spread(n, 96, 0.5) for n in size]
+        return Plan.smallest(size, (96, 96, 96), placed, [Axis.linear(n, n) for n in size]).order
+
+    assert order((400, 256, 256)) == (0, 1, 2) and order((200, 256, 256)) == (1, 0, 2)
+    assert order((128, 128, 400))[0] == 2
 
 
 def test_custom_windows_weights_and_nearest_axes():
@@ -212,6 +249,7 @@ def test_infinite_logits_win_and_lose_where_they_should_and_nan_is_refused():
         (dict(patch_size=(4, 4, 4), axes=[Axis.linear(7, 7)] * 3), "indices into 6 voxels"),
         (dict(patch_size=(4, 4, 4), axes=[Axis(*[np.arange(6)[::-1]] * 2, np.zeros(6))] * 3), "rising"),
         (dict(patch_size=(4, 4, 4), max_ram="lots"), "max_ram='lots'"),
+        (dict(patch_size=(4, 4, 4), max_ram=-1), "max_ram=-1: expected bytes"),
         (dict(patch_size=(4, 4, 4), batch_size=0), "batch_size"),
     ],
 )

@@ -80,7 +80,7 @@ def set_limit(limit: int | str | None) -> None:
     >>> convoxel.memory.limit()
     2147483648
     """
-    _C.set_memory_limit(_NO_LIMIT if limit is None else _bytes("limit", limit))
+    _C.set_memory_limit(_NO_LIMIT if limit is None else as_bytes("limit", limit))
 
 
 def limit() -> int | None:
@@ -112,15 +112,16 @@ def statistics() -> dict[str, int | None]:
 stats = statistics  # as `convoxel.stats`
 
 
-def _bytes(name: str, value: int | str) -> int:
+def as_bytes(name: str, value: int | str) -> int:
+    """2147483648 of "2G", "2GB", "2 GiB" or the number itself; ValueError, with `name`, for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT]?)i?B?", str(value).strip(), re.IGNORECASE)
     if isinstance(value, bool) or match is None:
-        raise ValueError(f'{name}={value!r}: expected bytes, as 2147483648 or "2G"; 0 keeps nothing')
+        raise ValueError(f'{name}={value!r}: expected bytes, as 2147483648 or "2G"')
     return min(int(float(match[1]) * 2 ** _UNITS[match[2].upper()]), _NO_LIMIT)
 
 
 if os.environ.get("CONVOXEL_MEMORY_LIMIT"):
-    _C.set_memory_limit(_bytes("CONVOXEL_MEMORY_LIMIT", os.environ["CONVOXEL_MEMORY_LIMIT"]))
+    _C.set_memory_limit(as_bytes("CONVOXEL_MEMORY_LIMIT", os.environ["CONVOXEL_MEMORY_LIMIT"]))
 
 
 def keep_freed(keep: bool = True) -> bool:

@@ -104,7 +104,7 @@ def run_predict(args: argparse.Namespace) -> int:
         raise ValueError(f"--overlap must be from 0 to below 1, received {args.overlap}")
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, received {args.batch}")
-    max_ram = None if args.max_ram is None else memory._bytes("--max-ram", args.max_ram)
+    max_ram = None if args.max_ram is None else memory.as_bytes("--max-ram", args.max_ram)
     model = load(args.model, folds=args.folds, configuration=args.configuration, patch_size=args.patch_size)
     cases = find(args.inputs, args.out, len(model.recipe.channels))
     if args.out != cases[0].target:

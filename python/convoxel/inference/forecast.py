@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .machine import peak_memory, restart_peak
 from .network import Network
 from .plan import Plan
-from .rows import row_bytes
+from .rows import label_type, row_bytes, values_of
 
 _PROBES = 3  # batches: the first ones find the allocator's heap tidier
 _MARGIN = 32 << 20  # bytes, over what is measured: stacks, the interpreter, tables of a band
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,10 @@ class Forecast:
                 f"peak memory {size(self.memory)}{scratch}")  # fmt: skip
 
 
-def forecast(network: Network, plan: Plan, held: int, max_ram: int | None, scratch: bool) -> Forecast:
-    """Runs the network on a few batches. `held`: bytes that are not there yet and will be, besides the blend.
+def forecast(network: Network, plan: Plan, regions: Sequence[int] | None, held: int, max_ram: int | None,
+             scratch: bool) -> Forecast:  # fmt: skip
+    """Runs the network on a few batches. `held`: bytes that are not there yet and will be, besides the blend and the
+    labels.
 
     Raises ValueError if more than `max_ram` bytes are needed, with the least that would do.
     """
@@ -46,7 +47,8 @@ def forecast(network: Network, plan: Plan, held: int, max_ram: int | None, scrat
     batch = min(plan.batch, plan.windows)
     classes, seconds = _probe(network, batch)
     peak = peak_memory()
-    row, most, least = row_bytes(plan, classes), plan.rows(), plan.least_rows()
+    held += plan.voxels * label_type(values_of(classes, regions)).itemsize
+    row, most, least = row_bytes(plan, classes), plan.rows, plan.least_rows
     fixed = peak + held + max(_MARGIN, (peak - before) // 2)  # holes in the heap
     rows = most if max_ram is None else min(most, (max_ram - fixed) // row)
     if rows < (least if scratch else most):
@@ -71,16 +73,6 @@ def _probe(network: Network, batch: int) -> tuple[int, float]:
             del y
         least = min(least, time.perf_counter() - began)
     return classes, least
-
-
-def as_bytes(value: int | str | None) -> int | None:
-    """4294967296 of "4GB", "4 GiB" or the number itself."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT]?)i?B?", str(value).strip(), re.IGNORECASE)
-    if value is None or (match is None and not isinstance(value, str)):
-        return None
-    if match is None or isinstance(value, bool):
-        raise ValueError(f'max_ram={value!r}: expected bytes, as 4294967296 or "4GB"')
-    return int(float(match[1]) * 2 ** _UNITS[match[2].upper()])
 
 
 def size(number: float) -> str:

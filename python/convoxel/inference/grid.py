@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..memory import as_bytes
+from ..progress import bar
 from .axis import Axis
-from .forecast import as_bytes, forecast, size
+from .forecast import forecast, size
 from .machine import peak_memory
 from .network import Model, Network, evaluating
 from .plan import Plan
-from .walk import Take, Walk
+from .walk import HANDED_OUT, Take, Walk
 from .windows import checked_weights, per_axis, spread, weight_map
 
 
@@ -67,9 +68,9 @@ def predict_on_grid(
         scratch: a folder for rows of the blend that `max_ram` has no room for; None: none may be used.
         activation: (n, W, K) float32 -> the same: what becomes of finished logits before they are brought to the
             output's grid, softmax for models whose probabilities are resampled. None: they stay logits.
-        scores: called with the region of the output and its logits (d, h, W', K) for every block that is done: whole
-            lines along the last axis.
-        held: bytes that the caller will take meanwhile (for `scores`), for the forecast.
+        scores: called with the region of the output and its logits (d, h, w, K), some 8 MB, for every block that is
+            done.
+        held: bytes that the caller will take meanwhile and keep, for the forecast.
         progress: print the forecast, show a bar with the time left (needs tqdm), print the peak.
 
     Returns:
@@ -91,18 +92,18 @@ def predict_on_grid(
     axes = _axes(axes, image.shape[1:])
     if batch_size < 1:
         raise ValueError(f"predict_labels: batch_size must be at least 1, received {batch_size}")
-    plan = Plan.smallest(image.shape[1:], patch, placed, axes, batch_size, whole_lines=scores is not None)
+    plan = Plan.smallest(image.shape[1:], patch, placed, axes, batch_size)
     blend = _weights(weights, patch).permute(plan.order).contiguous()
     network = Network(models, image, patch, _mirrors(mirror_axes), flat=len(patch_size) == 2)
-    labels = int(np.prod([len(axis) for axis in axes])) * (2 if regions and max(regions) > 255 else 1)
-    ceiling = as_bytes(max_ram)
+    ceiling = None if max_ram is None else as_bytes("max_ram", max_ram)
     with evaluating(models):
         plans = None
         if ceiling is not None or progress:
-            plans = forecast(network, plan, held + labels, ceiling, scratch is not None)
+            held += 0 if scores is None else HANDED_OUT
+            plans = forecast(network, plan, regions, held, ceiling, scratch is not None)
             _say(progress, f"convoxel: {plans}")
-        rows = plan.rows() if plans is None else plans.rows
-        aside = Path(scratch) if scratch is not None and rows < plan.rows() else None
+        rows = plan.rows if plans is None else plans.rows
+        aside = Path(scratch) if scratch is not None and rows < plan.rows else None
         with _bar(plan.windows, progress) as advance:
             result = Walk(network, plan, blend, regions, scores, rows, aside, activation).run(advance)
         if plans is not None:
@@ -172,12 +173,8 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
     if not progress:
         yield lambda n: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('progress=True needs tqdm: pip install "convoxel[train]"') from error
-    with tqdm(total=total, desc="windows") as bar:
-        yield bar.update
+    with bar(None, "windows", total) as shown:
+        yield shown.update
 
 
 def _say(progress: bool, line: str) -> None:

@@ -10,8 +10,10 @@ reads it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,11 +73,18 @@ class Plan:
 
     @classmethod
     def smallest(cls, size: Sequence[int], patch: Sequence[int], starts: Sequence[Sequence[int]],
-                 axes: Sequence[Axis], batch: int = 1, whole_lines: bool = False) -> Plan:  # fmt: skip
-        """In the order that keeps the fewest voxels at once; with whole lines, one that visits the last axis last."""
-        orders = [o for o in itertools.permutations(range(3)) if o[2] == 2 or not whole_lines]
-        plans = [cls.of(order, size, patch, starts, axes, batch) for order in orders]
-        return min(plans, key=lambda plan: plan.rows() * plan.size[2])
+                 axes: Sequence[Axis], batch: int = 1) -> Plan:  # fmt: skip
+        """In the order that keeps the fewest voxels at once. One that ends with the image's last axis may keep a third
+        more: in it windows are added 10 % faster, and lines that go to a file go there whole."""
+        plans = [
+            cls.of(order, size, patch, starts, axes, batch) for order in itertools.permutations(range(3))
+        ]
+        return min(plans, key=lambda plan: plan.rows * plan.size[2] * (1 if plan.order[2] == 2 else 4 / 3))
+
+    @property
+    def voxels(self) -> int:
+        """Of the output."""
+        return math.prod(map(len, self.axes))
 
     @property
     def windows(self) -> int:
@@ -103,6 +112,7 @@ class Plan:
         axis, (begin, end) = self.axes[a], output
         return (int(axis.low[begin]), int(axis.high[end - 1]) + 1) if begin < end else (0, 0)
 
+    @cached_property
     def rows(self) -> int:
         """The most rows that are alive at once."""
         alive: NDArray[np.bool_] = np.zeros(self.size[:2], bool)
@@ -119,6 +129,7 @@ class Plan:
                 alive[gone] = False
         return most
 
+    @cached_property
     def least_rows(self) -> int:
         """The most rows that a group touches and reads: fewer cannot be in memory."""
         return max((z.stop - z.start) * (y.stop - y.start) for z, y in map(here, self.groups()))

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,15 @@ _SOME = 8 << 20  # bytes of rows that are changed at a time
 
 def row_bytes(plan: Plan, classes: int) -> int:
     return 4 * plan.size[2] * (classes + 1)
+
+
+def values_of(classes: int, regions: Sequence[int] | None) -> NDArray[np.int32]:
+    """The labels that there can be: each channel's index, or 0 and each region's."""
+    return np.array(range(classes) if regions is None else [0, *regions], np.int32)
+
+
+def label_type(values: NDArray[np.int32]) -> np.dtype[Any]:
+    return np.dtype(np.uint8 if values.max() < 256 else np.uint16)
 
 
 class Rows:

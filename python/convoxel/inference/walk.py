@@ -14,11 +14,14 @@ from torch import Tensor
 
 from .network import Network
 from .plan import Band, Plan
-from .rows import LARGEST, LAST_POSITIVE, SCORES, Rows
+from .rows import LARGEST, LAST_POSITIVE, SCORES, Rows, label_type, values_of
 
 Region = tuple[slice, slice, slice]
 Take = Callable[[Region, NDArray[np.float32]], None]
-_BLOCK = 32 << 20  # bytes of logits that `scores` is given at a time, about
+_BLOCK = 8 << 20  # bytes of logits that `scores` is given at a time, about
+HANDED_OUT = (
+    8 * _BLOCK
+)  # bytes meanwhile: a block, its copy, probabilities, the heap's holes; 65 MB were measured
 
 
 class Walk:
@@ -32,14 +35,9 @@ class Walk:
     def __init__(self, network: Network, plan: Plan, weights: Tensor, regions: Sequence[int] | None,
                  scores: Take | None, rows: int, scratch: Path | None,
                  activation: Callable[[Tensor], Tensor] | None = None) -> None:  # fmt: skip
-        self.network, self.plan, self.weights, self.regions, self.scores = (
-            network,
-            plan,
-            weights,
-            regions,
-            scores,
-        )
-        self.capacity, self.scratch, self.begun, self.activation = rows, scratch, False, activation
+        self.network, self.plan, self.weights, self.regions = network, plan, weights, regions
+        self.scores, self.activation = scores, activation
+        self.capacity, self.scratch, self.begun = rows, scratch, False
 
     def run(self, advance: Callable[[int], object]) -> NDArray[Any]:
         """Labels; `advance` is told of every window."""
@@ -83,11 +81,11 @@ class Walk:
                 f"predict_labels: {len(self.regions)} regions {tuple(self.regions)} are named, the model returns "
                 f"{classes} channels; name one label for each"
             )
-        self.values = np.array(range(classes) if self.regions is None else [0, *self.regions], np.int32)
+        self.values = values_of(classes, self.regions)
         if self.values.min() < 0 or self.values.max() > 65535:
             raise ValueError(f"predict_labels: labels up to {self.values.max()} do not fit uint16")
         shape = [len(self.plan.axes[self.plan.order.index(a)]) for a in range(3)]
-        self.labels = np.empty(shape, np.uint8 if self.values.max() < 256 else np.uint16)
+        self.labels = np.empty(shape, label_type(self.values))
         self.rows = Rows(self.plan, classes, self.capacity, self.scratch)
         self.exit.callback(self.rows.close)
         self.begun = True
@@ -107,10 +105,15 @@ class Walk:
         self.rows.drop(band)
 
     def _hand_out(self, z: range, y: range, take: Take) -> None:
+        """Blocks, long along the image's later axes: in a file (D, H, W) that is one place, not many."""
         back = [self.plan.order.index(a) for a in range(3)]
-        line = 4 * self.rows.classes * len(self.plan.axes[2])
-        depth = max(1, _BLOCK // (line * len(y)))
-        height = max(1, min(len(y), _BLOCK // line))
+        count = max(1, _BLOCK // (4 * self.rows.classes * len(self.plan.axes[2])))  # rows
+        if self.plan.order[0] < self.plan.order[1]:
+            height = min(len(y), count)
+            depth = count // height
+        else:
+            depth = min(len(z), count)
+            height = count // depth
         for a, b in product(range(0, len(z), depth), range(0, len(y), height)):
             some, rows = z[a : a + depth], y[b : b + height]
             block = self.rows.output(some, rows, SCORES, self.values, np.dtype(np.float32))
