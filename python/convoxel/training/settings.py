@@ -101,7 +101,7 @@ class Settings:
             raise ValueError("foreground is a share from 0 to 1, momentum below 1; received "
                              f"{self.foreground}, {self.momentum}")  # fmt: skip
         if self.memory is not None:
-            memory._bytes("memory", self.memory)
+            memory.as_bytes("memory", self.memory)
 
     @property
     def total_steps(self) -> int:
