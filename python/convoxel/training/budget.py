@@ -25,7 +25,9 @@ class Budget:
         self.settings, self.channels, self.heads = settings, channels, heads
         self.cores = threads() if cores is None else cores
         self.machine = machine_memory() if memory_bytes is None else memory_bytes
-        self.most = self.machine // 2 if settings.memory is None else memory.as_bytes("memory", settings.memory)
+        self.most = (
+            self.machine // 2 if settings.memory is None else memory.as_bytes("memory", settings.memory)
+        )
         self.most_said = (
             f"half of this machine's {self.machine / 1e9:.1f} GB" if settings.memory is None
             else f"the {settings.memory} of the settings"
