@@ -153,7 +153,25 @@ def placed(affine: NDArray[np.float64], source: Source) -> tuple[float, float, f
     return z, y, x
 
 
-def data_file(source: Source, name: str) -> Path:
+def voxels(
+    source: Source, name: str | None, found: Layout, skip: int, unpack: Callable[[Source], None] | None
+) -> Source:
+    """Where a layout's voxels begin: in the header's own file or in that of this `name` beside it, unpacked, after
+    `skip` bytes; of -1, so that they end with the file."""
+    data = source if name is None else Source(_data_file(source, name), quiet=source.quiet)
+    try:
+        if unpack is not None:
+            unpack(data)
+        if not data.could_hold(skip + found.bytes):
+            data.afford(skip + found.bytes, 0, None)
+        data.skip(skip) if skip >= 0 else data.skip_to_last(found.bytes)
+    except BaseException:
+        data.close()
+        raise
+    return data
+
+
+def _data_file(source: Source, name: str) -> Path:
     """The file beside a header that holds its voxels; a header cannot point anywhere else."""
     folder = source.path.parent
     path = Path(name)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .core import Volume
 from .files import COMPRESSION, Source, write_array
-from .layout import MM, RAS_FROM_LPS, Layout, data_file, numbers, placed, shrunk, sizes_of, wholes
+from .layout import MM, RAS_FROM_LPS, Layout, numbers, placed, shrunk, sizes_of, voxels, wholes
 
 _DTYPES = {
     **{"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4"},
@@ -158,17 +158,7 @@ def _voxels(fields: dict[str, str], found: Layout, source: Source) -> Source:
     local = name.upper() == "LOCAL"
     if skip < -1 or (skip and (compressed or local)):
         raise source.error(f"HeaderSize is {skip}", "expected 0; export the file again")
-    data = source if local else Source(data_file(source, name), quiet=source.quiet)
-    try:
-        if compressed:
-            data.inflate()
-        if not data.could_hold(skip + found.bytes):
-            data.afford(skip + found.bytes, 0, None)
-        data.skip(skip) if skip >= 0 else data.skip_to_last(found.bytes)
-    except BaseException:
-        data.close()
-        raise
-    return data
+    return voxels(source, None if local else name, found, skip, Source.inflate if compressed else None)
 
 
 def save(volume: Volume, stream: IO[bytes], compress: bool) -> None:

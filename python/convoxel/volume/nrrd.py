@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .core import Volume
 from .files import Source, gzipped, write_array
-from .layout import MM, RAS_FROM_LPS, Layout, data_file, numbers, placed, shrunk, sizes_of, wholes
+from .layout import MM, RAS_FROM_LPS, Layout, numbers, placed, shrunk, sizes_of, voxels, wholes
 
 _TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -237,21 +237,13 @@ def _voxels(fields: dict[str, str], found: Layout, source: Source) -> Source:
     skip = wholes(fields.get("byte skip", "0"), "byte skip", source)[0]
     if skip < -1 or (skip == -1 and encoding != "raw"):
         raise source.error(f"its header skips {skip} bytes", "expected 0 or more; export it again")
-    data = source if name is None else Source(data_file(source, name), quiet=source.quiet)
-    try:
-        if encoding != "raw":
-            if not data.is_gzip():
-                raise data.error(
-                    "the header says gzip, the voxels are not", "one is damaged: export it again"
-                )
-            data.inflate()
-        if not data.could_hold(skip + found.bytes):
-            data.afford(skip + found.bytes, 0, None)
-        data.skip(skip) if skip >= 0 else data.skip_to_last(found.bytes)
-    except BaseException:
-        data.close()
-        raise
-    return data
+    return voxels(source, name, found, skip, None if encoding == "raw" else _gunzip)
+
+
+def _gunzip(data: Source) -> None:
+    if not data.is_gzip():
+        raise data.error("the header says gzip, the voxels are not", "one is damaged: export it again")
+    data.inflate()
 
 
 def save(volume: Volume, stream: IO[bytes], compress: bool) -> None:
