@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py    # 118 classes, network grid 400 x 256 x 256, scan 600 x 512 x 512, 4 GB
     python benchmarks/scan.py --classes 24 --scan 200,256,256 --grid 133,128,128 --max-ram 1GB
+    python benchmarks/scan.py --profile    # and the seconds of each part of the work
 
 A small network stands in, so that the rest of the work shows; its own time is taken out. Beside it one window is run
 through an accelerated nnU-Net PlainConvUNet of as many classes: windows times that is what a real network would take.
@@ -11,22 +12,53 @@ The dense way, float32 scores on the scan's grid, would hold classes x D x H x W
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from watched import watched
 
 import convoxel
+from convoxel.inference import labels as whole_scans
 from convoxel.inference import predict_labels
+from convoxel.inference.rows import Rows
 from convoxel.volume import Volume, read, write
+
+PARTS: dict[str, tuple[Any, str]] = {  # of --profile: functions that do not call each other
+    "resampling": (whole_scans, "_on_grid"),
+    "fresh rows": (Rows, "begin"),
+    "blending": (Rows, "add"),
+    "dividing": (Rows, "divide"),
+    "labels": (Rows, "output"),
+    "writing": (whole_scans, "write"),
+}
+
+
+def clocked() -> dict[str, float]:
+    """Seconds spent in each of PARTS from now on."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def clock(part: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter() - began
+
+        return run
+
+    for part, (home, name) in PARTS.items():
+        setattr(home, name, clock(part, getattr(home, name)))
+    return spent
 
 
 class Timed:
@@ -64,13 +96,14 @@ def work(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     scan = read(args.input)
     spacing = [n * s / m for n, s, m in zip(scan.grid_shape, scan.spacing, args.grid, strict=True)]
-    loaded, net = time.perf_counter() - began, Timed(args.classes)
+    loaded, net, spent = time.perf_counter() - began, Timed(args.classes), clocked() if args.profile else {}
     predict_labels(
         net, scan, patch_size=args.patch, overlap=args.overlap, spacing=spacing, normalize=lambda x: x.div_(300),
         max_ram=args.max_ram, scratch=args.scratch, out=args.out, progress=True,
     )  # fmt: skip
     whole = time.perf_counter() - began
-    print(json.dumps({"whole": whole, "read": loaded, "network": net.seconds, "windows": net.windows}))
+    parts = {"reading": loaded, **spent}
+    print(json.dumps({"whole": whole, "network": net.seconds, "windows": net.windows, "parts": parts}))
 
 
 def real_network(classes: int, patch: tuple[int, int, int]) -> float:
@@ -91,12 +124,6 @@ def real_network(classes: int, patch: tuple[int, int, int]) -> float:
     return min(seconds)
 
 
-def peak_of(process: subprocess.Popen[str]) -> int:
-    """The most bytes that were resident, as the system counts them for a process that ended."""
-    _, _, usage = os.wait4(process.pid, 0)
-    return usage.ru_maxrss * 1024
-
-
 def main() -> None:
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(int(n) for n in text.split(","))
@@ -112,6 +139,7 @@ def main() -> None:
     parser.add_argument("--max-ram", default="4GB")
     parser.add_argument("--scratch", help="a folder for a scratch file")
     parser.add_argument("--skip-real", action="store_true", help="do not time the PlainConvUNet")
+    parser.add_argument("--profile", action="store_true", help="also the seconds of each part of the work")
     parser.add_argument("--input", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -121,12 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scan, out = Path(folder, "scan.nii.gz"), Path(folder, "labels.nii.gz")
         make_scan(args.scan, (1.0, 0.75, 0.75), scan)
-        command = [sys.executable, __file__, *sys.argv[1:], "--input", str(scan), "--out", str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        answer = process.stdout.read() if process.stdout else ""
-        peak = peak_of(process)
-        if not re.search(r"^\{", answer, re.MULTILINE):
-            raise SystemExit("the measured process failed")
+        answer, peak = watched([__file__, *sys.argv[1:], "--input", str(scan), "--out", str(out)])
         t = json.loads(answer)
         labels = read(out)
         held = len(np.unique(labels.array))
@@ -139,6 +162,9 @@ def main() -> None:
     print(f"labels                     {labels.shape}, {held} of {args.classes} classes occur")
     print(f"file to file               {t['whole']:.1f} s, of it the small network {t['network']:.1f} s, "
           f"everything else {rest:.1f} s ({t['windows']} windows)")  # fmt: skip
+    if args.profile:
+        parts = {**t["parts"], "the rest": rest - sum(t["parts"].values())}
+        print(f"everything else            {', '.join(f'{part} {s:.1f}' for part, s in parts.items())}")
     if not args.skip_real:
         one = real_network(args.classes, args.patch)
         print(f"PlainConvUNet, accelerated {one:.2f} s a window, {one * t['windows']:.0f} s: everything else is "

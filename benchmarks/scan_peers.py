@@ -2,17 +2,15 @@
 
     python benchmarks/scan_peers.py [--classes 24] [--scan 240,384,384] [--grid 160,192,192] [--patch 96,96,96]
 
-A process each, in turn; peak memory as the system counts it for a process that ended. MONAI's way holds the blend of
-all classes, resamples it with torch and takes the largest, with torch's network and with the accelerated one; ours has
-MONAI's window positions and weights here. nnU-Net's own predictor is in tests/campaigns/nnunet_parity.py.
+A process each, in turn; peak memory as seen from outside. MONAI's way holds the blend of all classes, resamples it with
+torch and takes the largest, with torch's network and with the accelerated one; ours has MONAI's window positions and
+weights here. nnU-Net's own predictor is in tests/campaigns/nnunet_parity.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from watched import watched
 
 import convoxel
 from convoxel.inference import Axis, predict_on_grid
@@ -103,17 +102,12 @@ def main() -> None:
         first = None
         for way in WAYS:
             out = Path(folder, "labels.npy")
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--out", str(out)]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            answer = process.stdout.read() if process.stdout else ""
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise SystemExit(f"{way}: failed")
+            answer, peak = watched([__file__, *sys.argv[1:], "--way", way, "--out", str(out)])
             labels = np.load(out)
             first = labels if first is None else first
             other = f"{int((labels != first).sum())} of {labels.size}"
             print(
-                f"| {way} | {json.loads(answer)['seconds']:.1f} | {usage.ru_maxrss / 2**20:.2f} | {other} |",
+                f"| {way} | {json.loads(answer)['seconds']:.1f} | {peak / 2**30:.2f} | {other} |",
                 flush=True,
             )
 
