@@ -29,7 +29,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt 
 
 # For those who change convoxel: style, types, and the wheel that users get.
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) ruff mypy clang-format build
+	$(PIP) ruff mypy types-PyYAML clang-format build
 	@touch $@
 
 lint: $(VENV)/.dev

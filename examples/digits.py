@@ -3,7 +3,7 @@
 scikit-learn's digits (1,797 images of 8x8, no download) are scaled to 28x28; a quarter of them is kept
 for the test.
 
-    pip install "convoxel[train]" scikit-learn
+    pip install "convoxel[fit]" scikit-learn
     python examples/digits.py
 """
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from . import bench, demo, doctor, evaluation, phantom, runtime
 from .importers import commands as importing
+from .training import commands as training
 
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, FloatingPointError)
 
 
 class Command(NamedTuple):
@@ -45,6 +46,12 @@ COMMANDS = (
         "compare convoxel with torch and other engines on this machine",
         lambda parser: bench.add_arguments(parser, [_shared()]),
         bench.run,
+    ),
+    Command(
+        "train",
+        "train a network on a folder of scans and labels",
+        training.add_arguments,
+        training.run_command,
     ),
     Command(
         "predict",

@@ -32,8 +32,8 @@ def load(
     """A trained model, ready to predict: its networks accelerated, in evaluation mode.
 
     Args:
-        path: an nnU-Net v2 model folder (with plans.json), a MONAI bundle (folder or zip), or a file of
-            `convoxel import` or `Model.save`.
+        path: an nnU-Net v2 model folder (with plans.json), a MONAI bundle (folder or zip), a folder of
+            `convoxel train`, or a file of `convoxel train`, `convoxel import` or `Model.save`.
         folds: which folds of a cross-validation; None: all.
         configuration: of nnU-Net, where the folder holds several models: "3d_fullres", "3d_lowres" or "2d".
         patch_size: (z, y, x) in voxels, for a file of `Model.save`.
@@ -52,11 +52,13 @@ def load(
         return nnunet.load(path, folds=folds, configuration=configuration)
     if monai_bundle.is_bundle(path):
         return monai_bundle.load(path)
+    if own.is_run(path):
+        return own.load_run(path, folds)
     if path.is_file() and path.suffix == ".safetensors":
         return own.load(path, folds=folds, patch_size=patch_size)
     raise ValueError(
         f"{path}: not a model that convoxel knows; expected an nnU-Net v2 model folder (with plans.json and "
-        "dataset.json), a MONAI bundle (with configs/metadata.json), or a .safetensors file"
+        "dataset.json), a MONAI bundle (with configs/metadata.json), a folder of convoxel train, or a .safetensors file"
     )
 
 

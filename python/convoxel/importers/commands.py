@@ -12,7 +12,10 @@ from .. import memory
 from .cases import Case, find
 from .trained import TrainedModel
 
-MODEL_HELP = "nnU-Net v2 model folder (with plans.json), MONAI bundle (folder or .zip), or .safetensors file"
+MODEL_HELP = (
+    "folder of convoxel train, nnU-Net v2 model folder (with plans.json), MONAI bundle (folder or .zip), or "
+    ".safetensors file"
+)
 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -104,6 +104,35 @@ def load(
     return TrainedModel(nets, description, made, name)
 
 
+def is_run(path: Path) -> bool:
+    """Whether this is a folder of `convoxel train` with a trained fold."""
+    return path.is_dir() and bool(_trained(path))
+
+
+def load_run(path: Path, folds: Sequence[str] | None = None) -> TrainedModel:
+    """The networks of a folder of `convoxel train`, to be averaged; None: every fold that is trained.
+
+    Raises ValueError for a fold that is not.
+    """
+    have = _trained(path)
+    if folds is None:
+        folds = [name for name in have if name != "all"] or list(have)
+    if missing := [fold for fold in folds if fold not in have]:
+        raise ValueError(f"{path}: fold {missing[0]} is not trained; there are {', '.join(have)}")
+    models = [load(have[fold]) for fold in folds]
+    first = models[0]
+    networks_of_all = [network for model in models for network in model.networks]
+    return TrainedModel(
+        networks_of_all, first.description, first.recipe, f"{path.name} fold {', '.join(folds)}"
+    )
+
+
+def _trained(path: Path) -> dict[str, Path]:
+    return {
+        file.parent.name.removeprefix("fold_"): file for file in sorted(path.glob("fold_*/model.safetensors"))
+    }
+
+
 def _network(path: Path, description: networks.Description, state: Mapping[str, Tensor]) -> nn.Module:
     return accelerate(networks.build(description, state, str(path)), inplace=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .augment import Augmentation, augment
 from .cache import Stored
-from .patches import FOREGROUND, draw
+from .patches import FOREGROUND, Drawn, draw
 
 Batch = tuple[Tensor, Tensor]
 
@@ -88,6 +88,22 @@ class Feed:
     def __iter__(self) -> Iterator[Batch]:
         return self._inline() if self.workers == 0 else self._background()
 
+    def names(self, step: int) -> list[str]:
+        """The cases that this process's patches of a step are from."""
+        return [self.stored[self._drawn(step, index).case].name for index in self.indices]
+
+    def _drawn(self, step: int, index: int) -> Drawn:
+        return draw(
+            self.stored,
+            self.patch,
+            seed=self.seed,
+            step=step,
+            index=index,
+            batch=self.batch_size,
+            foreground=self.foreground,
+            annotated=self.ignore is not None,
+        )
+
     def _inline(self) -> Iterator[Batch]:
         for step in self.steps:
             began = time.perf_counter()
@@ -138,16 +154,7 @@ class Feed:
         return x, torch.empty(lead, *self.patch_size, dtype=torch.int64, pin_memory=self.pin_memory)
 
     def _fill(self, x: Tensor, y: Tensor, step: int, index: int) -> None:
-        drawn = draw(
-            self.stored,
-            self.patch,
-            seed=self.seed,
-            step=step,
-            index=index,
-            batch=self.batch_size,
-            foreground=self.foreground,
-            annotated=self.ignore is not None,
-        )
+        drawn = self._drawn(step, index)
         case = self.stored[drawn.case]
         try:
             augment(case, drawn, self.augmentation, x.view(-1, *self.patch), y.view(self.patch))

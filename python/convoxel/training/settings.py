@@ -39,7 +39,7 @@ class Settings:
     batch_size: int | None = None  # patches a step, of all processes together
     memory: str | None = None  # that training may take, "8GB"; None: half of this machine's
     step_seconds: float = 4.0  # how long a step may take on this machine, where the patch is planned
-    folds: int = 5  # where the dataset has no splits_final.json
+    cross_validation: int = 5  # folds, where the dataset has no splits_final.json
 
     # what is learnt, and how
     epochs: int = 250
@@ -82,8 +82,8 @@ class Settings:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(map(str, allowed))}, received {getattr(self, name)!r}"
                 )
-        for name in ("base_features", "batch_size", "folds", "epochs", "steps_per_epoch", "accumulate", "patience",
-                     "validation_patches"):  # fmt: skip
+        for name in ("base_features", "batch_size", "cross_validation", "epochs", "steps_per_epoch", "accumulate",
+                     "patience", "validation_patches"):  # fmt: skip
             _least(name, getattr(self, name), 1)
         for name in ("preview_every", "workers", "weight_decay", "momentum", "seed"):
             _least(name, getattr(self, name), 0)
