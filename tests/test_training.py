@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from convoxel import cli, importers, volume
 from convoxel.phantom import make_dataset
-from convoxel.training import commands, loop, run, state
+from convoxel.training import loop, run, state
 from convoxel.training.cases import find_cases
 from convoxel.training.processes import Processes
 from convoxel.training.settings import Settings, as_yaml, read_settings, settings_from
@@ -125,25 +125,15 @@ def test_wrong_settings_are_refused_in_words(text, words, phantoms, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_every_switch_and_choice_reaches_the_settings():
+def test_every_setting_has_a_flag():
     parser = cli.build_parser()
-    argv = [
-        "train",
-        "D",
-        "-o",
-        "O",
-        "--no-mirror",
-        "--elastic",
-        "--patch-size",
-        "8",
-        "16",
-        "16",
-        "--memory",
-        "2GB",
-    ]
-    args = parser.parse_args(argv)
-    assert (args.mirror, args.elastic, args.patch_size, args.memory) == (False, True, [8, 16, 16], "2GB")
-    assert set(commands._FLAGS) <= {field.name for field in dataclasses.fields(Settings)}
+    argv = "--no-mirror --elastic --patch-size 8 16 16 --memory 2GB --clip 3 --rank 3 --patience 7 --spacing 2 1 1"
+    args = parser.parse_args(["train", "D", "-o", "O", *argv.split()])
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    assert {name: value for name, value in given.items() if value is not None} == {
+        "mirror": False, "elastic": True, "patch_size": [8, 16, 16], "memory": "2GB", "clip": 3.0, "rank": 3,
+        "patience": 7, "spacing": [2.0, 1.0, 1.0],
+    }  # fmt: skip
 
 
 # -- a run -------------------------------------------------------------------------------------------------

@@ -17,24 +17,22 @@ from .loop import Stopped
 from .processes import Processes, processes
 from .settings import ENGINES, NETWORKS, OPTIMIZERS, PRECISIONS, Settings, read_settings, settings_from
 
-_FLAGS: dict[str, dict[str, Any]] = {  # the settings that have a flag; all can be set in YAML
-    "rank": {"type": int, "choices": (2, 3), "help": "3: volumes (default), 2: slices"},
-    "network": {"choices": NETWORKS, "help": "U-Net of plain (default) or residual encoder"},
-    "patch_size": {"type": int, "nargs": "+", "metavar": "N", "help": "voxels, z y x (2-D: y x); default: planned"},
-    "batch_size": {"type": int, "metavar": "N", "help": "patches a step; default: planned"},
-    "spacing": {"type": float, "nargs": "+", "metavar": "MM", "help": "of the network's grid, z y x; default: planned"},
-    "memory": {"metavar": "BYTES", "help": 'that training may take, "8GB"; default: half of this machine\'s'},
-    "step_seconds": {"type": float, "metavar": "S", "help": "a planned patch takes so long a step (default 4)"},
-    "epochs": {"type": int, "metavar": "N", "help": f"(default {Settings.epochs})"},
-    "steps_per_epoch": {"type": int, "metavar": "N", "help": f"(default {Settings.steps_per_epoch})"},
-    "optimizer": {"choices": tuple(OPTIMIZERS), "help": "(default sgd, with Nesterov's momentum)"},
-    "learning_rate": {"type": float, "metavar": "R", "help": "of the first step (default: sgd 0.01, adamw 0.0003)"},
-    "precision": {"choices": PRECISIONS, "help": "(default float32)"},
-    "patience": {"type": int, "metavar": "N", "help": "stop after N epochs without a better validation Dice"},
-    "seed": {"type": int, "metavar": "N", "help": "of weights, patches and augmentation (default 0)"},
-    "engine": {"choices": ENGINES, "help": "whose kernels: to compare (default convoxel)"},
-    "workers": {"type": int, "metavar": "N", "help": "threads that prepare patches (default: half of the cores)"},
-}  # fmt: skip
+_HELP = {  # of the settings that need more than a name
+    "rank": "3: volumes (default), 2: slices",
+    "network": "U-Net of plain (default) or residual encoder",
+    "base_features": "channels at full resolution",
+    "patch_size": "voxels, z y x (2-D: y x); default: planned",
+    "batch_size": "patches a step; default: planned",
+    "spacing": "mm, of the network's grid, z y x (2-D: y x); default: planned",
+    "memory": 'that training may take, "8GB"; default: half of this machine\'s',
+    "step_seconds": "a patch is planned for steps of so many seconds",
+    "learning_rate": "of the first step; default: sgd 0.01, adamw 0.0003",
+    "patience": "stop after so many epochs without a better validation Dice",
+    "checkpointing": "compute activations twice rather than keep them",
+    "engine": "whose kernels, to compare",
+    "workers": "threads that prepare patches; default: half of the cores",
+}
+_CHOICES = {"rank": (2, 3), "network": NETWORKS, "optimizer": tuple(OPTIMIZERS), "precision": PRECISIONS, "engine": ENGINES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     group = parser.add_argument_group("settings (all of them: docs/train.md)")
-    for name, how in _FLAGS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None, **how)
     for name, hint in typing.get_type_hints(Settings).items():
-        if hint is bool:
-            group.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None,
-                               action=argparse.BooleanOptionalAction,
-                               help=f"(default: {'on' if getattr(Settings, name) else 'off'})")  # fmt: skip
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None, **_flag(name, hint))
+
+
+def _flag(name: str, hint: Any) -> dict[str, Any]:
+    """How argparse takes a setting; what it may be is checked where all settings are."""
+    kind = next(k for k in typing.get_args(hint) or (hint,) if k is not type(None))
+    default = getattr(Settings, name)
+    words = _HELP.get(name, "")
+    if default is not None and "default" not in words:
+        shown = ("on" if default else "off") if kind is bool else f"{default:.4g}" if kind is float else default
+        words = f"{words} (default: {shown})".strip()
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": words}
+    several = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    return {"type": several or kind, "nargs": "+" if several else None, "choices": _CHOICES.get(name), "help": words,
+            "metavar": None if name in _CHOICES else "N" if (several or kind) is int else "X"}  # fmt: skip
 
 
 def run_command(args: argparse.Namespace) -> int:

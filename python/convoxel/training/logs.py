@@ -46,6 +46,7 @@ def draw_curve(path: Path, epochs: Sequence[Epoch], names: Sequence[str]) -> Non
     below.set_ylim(0, 1)
     below.set_ylabel("Dice of validation patches")
     below.set_xlabel("epoch")
+    below.xaxis.get_major_locator().set_params(integer=True)
     below.legend(loc="lower right", fontsize=8, ncols=2)
     for ax in (above, below):
         ax.grid(alpha=0.3)

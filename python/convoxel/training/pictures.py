@@ -51,6 +51,8 @@ def _slice(
     for mask, colour in zip(masks, colours, strict=True):
         overlay[mask] = (*colour[:3], 0.45)
     ax.imshow(overlay, aspect=aspect, interpolation="nearest")
+    ax.invert_yaxis()  # arrays run to the right, the front and the head: front or head up, the patient's right left
+    ax.invert_xaxis()
     ax.set_axis_off()
 
 
