@@ -23,8 +23,8 @@ from convoxel.evaluation import evaluate
 from convoxel.phantom import make_dataset
 from convoxel.training.settings import as_yaml
 
-SETTINGS = {"patch_size": [32, 48, 48], "batch_size": 2, "base_features": 16, "steps_per_epoch": 50, "optimizer": "adamw",
-            "learning_rate": 1e-3, "validation_patches": 2, "preview_every": 0, "tensorboard": False}  # fmt: skip
+SETTINGS = {"patch_size": [32, 48, 48], "batch_size": 2, "base_features": 16, "steps_per_epoch": 50,
+            "optimizer": "adamw", "learning_rate": 1e-3, "validation_patches": 2, "preview_every": 0, "tensorboard": False}  # fmt: skip
 
 
 def subset(data: Path, folder: Path, count: int) -> Path:
@@ -54,7 +54,9 @@ def dice(out: Path, data: Path, count: int, augment: bool, seed: int, settings: 
 
 
 def convoxel(*words: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "convoxel", *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "convoxel", *map(str, words)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"convoxel {' '.join(map(str, words))}\n{done.stdout}\n{done.stderr}")
 
@@ -78,7 +80,9 @@ def draw(path: Path, counts: list[int], table: dict[bool, np.ndarray]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -96,7 +100,10 @@ def main() -> None:
         for i, count in enumerate(args.cases):
             for augment, values in table.items():
                 values[i, j] = np.nanmean(dice(out, data, count, augment, seed, settings))
-                print(f"{count} cases, {'augmented' if augment else 'plain'}, seed {seed}: {values[i, j]:.3f}", flush=True)
+                print(
+                    f"{count} cases, {'augmented' if augment else 'plain'}, seed {seed}: {values[i, j]:.3f}",
+                    flush=True,
+                )
     draw(out / "few_labels.png", args.cases, table)
     print("\n| training cases | " + " | ".join(map(str, args.cases)) + " |\n|---|" + "---|" * len(args.cases))
     for augment, values in table.items():

@@ -105,7 +105,10 @@ def train(out: Path, data: Path, column: str, seed: int, args: argparse.Namespac
     env = {**os.environ}
     if column == "nnU-Net":
         env |= {f"nnUNet_{name}": str(out / name) for name in ("raw", "preprocessed")}
-        env |= {"nnUNet_results": str(folder / "results"), "nnUNet_n_proc_DA": str(len(os.sched_getaffinity(0)))}
+        env |= {
+            "nnUNet_results": str(folder / "results"),
+            "nnUNet_n_proc_DA": str(len(os.sched_getaffinity(0))),
+        }
         script = [args.nnunet, str(Path(__file__).with_name("train_nnunet.py"))]
         plan = out / "plan" / "plan.json"
         if not (out / "preprocessed" / "Dataset001_Phantom" / "ready").is_file():
@@ -156,12 +159,16 @@ def report(out: Path, data: Path, columns: list[str], args: argparse.Namespace) 
     tables = {column: dice(out, data, column, args.seeds) for column in columns}
     names = tables["convoxel"][0]
     about = {
-        column: [json.loads((out / column / f"seed_{seed}" / "about.json").read_text()) for seed in args.seeds]
+        column: [
+            json.loads((out / column / f"seed_{seed}" / "about.json").read_text()) for seed in args.seeds
+        ]
         for column in columns
     }
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for i, name in enumerate(names):
-        lines.append(f"| Dice {name} | " + " | ".join(f"{np.nanmean(tables[c][1][:, i]):.3f}" for c in columns) + " |")
+        lines.append(
+            f"| Dice {name} | " + " | ".join(f"{np.nanmean(tables[c][1][:, i]):.3f}" for c in columns) + " |"
+        )
     for word, key, scale, form in (("training, s", "seconds", 1, ".0f"), ("a step, s", "step_seconds", 1, ".3f"),
                                    ("peak memory, MB", "peak", 1e-6, ".0f")):  # fmt: skip
         cells = []
@@ -180,7 +187,9 @@ def report(out: Path, data: Path, columns: list[str], args: argparse.Namespace) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help=f"a multiple of {EPOCH}")

@@ -1,4 +1,4 @@
-"""nnU-Net's side of train.py, run by a Python that has nnunetv2: `prepare PLAN` and `train SEED EPOCHS STEPS VALIDATION`.
+"""nnU-Net's side of train.py, by a Python that has nnunetv2: `prepare PLAN` and `train SEED EPOCHS STEPS VALIDATION`.
 
 The folders come from nnUNet_raw, nnUNet_preprocessed and nnUNet_results. Its planner and preprocessor run as they are;
 then its 3d_fullres configuration gets the spacing, patch, batch and network of convoxel's plan.json.
@@ -27,7 +27,9 @@ def prepare(plan_file: Path) -> None:
     plans, ours = json.loads(path.read_text()), json.loads(plan_file.read_text())["plan"]
     theirs, network = plans["configurations"][CONFIGURATION], ours["network"]["config"]
     print(f"its own: {theirs['patch_size']}, batch {theirs['batch_size']}, {theirs['spacing']}")
-    theirs.update(patch_size=ours["patch_size"], batch_size=ours["batch_size"], spacing=list(ours["recipe"]["spacing"]))
+    theirs.update(
+        patch_size=ours["patch_size"], batch_size=ours["batch_size"], spacing=list(ours["recipe"]["spacing"])
+    )
     stages = len(network["features"])
     theirs["architecture"]["arch_kwargs"].update(
         n_stages=stages,

@@ -5,7 +5,8 @@ case is enough to show the way; it says nothing of other people's brains.
 
     pip install "convoxel[train,demo]"
     python examples/brain_tissues.py Dataset152_Brain
-    convoxel train Dataset152_Brain -o run --folds all --patch-size 48 32 48 --base-features 16 --epochs 4 --steps-per-epoch 50
+    convoxel train Dataset152_Brain -o run --folds all --patch-size 48 32 48 --base-features 16 \\
+        --epochs 4 --steps-per-epoch 50
     convoxel predict run Dataset152_Brain/imagesTs -o labels
     convoxel evaluate labels Dataset152_Brain/labelsTs
 """
@@ -25,7 +26,9 @@ def main(folder: Path) -> None:
         for half, part, end in ((TRAIN, "Tr", "frontal"), (TEST, "Ts", "occipital")):
             target = folder / f"{kind}{part}"
             target.mkdir(parents=True, exist_ok=True)
-            volume.write(cut(scan, half), target / (f"{end}_0000.nii.gz" if kind == "images" else f"{end}.nii.gz"))
+            volume.write(
+                cut(scan, half), target / (f"{end}_0000.nii.gz" if kind == "images" else f"{end}.nii.gz")
+            )
     about = {
         "channel_names": {"0": "T1"},
         "labels": {name: value for value, name in enumerate(CLASSES)},

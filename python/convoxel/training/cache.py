@@ -44,8 +44,8 @@ _SPARE = 64 << 20  # bytes of the disk that are left alone
 class Recipe(Protocol):
     """What the cache needs of `importers.nnunet_recipe.NnunetRecipe`."""
 
-    channels: tuple[str, ...]
-
+    @property
+    def channels(self) -> tuple[str, ...]: ...
     @property
     def preprocessing(self) -> dict[str, Any]: ...
     def on_grid(self, scans: Sequence[Volume]) -> Any: ...

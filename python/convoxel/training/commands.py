@@ -32,7 +32,13 @@ _HELP = {  # of the settings that need more than a name
     "engine": "whose kernels, to compare",
     "workers": "threads that prepare patches; default: half of the cores",
 }
-_CHOICES = {"rank": (2, 3), "network": NETWORKS, "optimizer": tuple(OPTIMIZERS), "precision": PRECISIONS, "engine": ENGINES}
+_CHOICES = {
+    "rank": (2, 3),
+    "network": NETWORKS,
+    "optimizer": tuple(OPTIMIZERS),
+    "precision": PRECISIONS,
+    "engine": ENGINES,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +69,9 @@ def _flag(name: str, hint: Any) -> dict[str, Any]:
     default = getattr(Settings, name)
     words = _HELP.get(name, "")
     if default is not None and "default" not in words:
-        shown = ("on" if default else "off") if kind is bool else f"{default:.4g}" if kind is float else default
+        shown = (
+            ("on" if default else "off") if kind is bool else f"{default:.4g}" if kind is float else default
+        )
         words = f"{words} (default: {shown})".strip()
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": words}
