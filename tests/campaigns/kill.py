@@ -86,6 +86,13 @@ def stage(out: Path) -> str:
     return "in the first epoch" if fold.is_dir() else "planning or before"
 
 
+def _keep(*folders: Path) -> Path:
+    target = Path(tempfile.mkdtemp(prefix="kill-"))
+    for folder in folders:
+        shutil.copytree(folder, target / folder.name)
+    return target
+
+
 def full_disk(work: Path, disk: Path, straight: Path) -> bool:
     """Fills the disk up but for a few KB once the run has its first state."""
     out = disk / "run"
@@ -129,7 +136,7 @@ def main(trials: int, seed: int, disk: Path | None) -> int:
             finish(work, out)
             if not same(out, straight):
                 failures += 1
-                print(f"trial {trial}: not the uninterrupted run's bits", flush=True)
+                print(f"trial {trial}: not the uninterrupted run's bits; both are kept in {_keep(out, straight)}", flush=True)
             shutil.rmtree(out)
             if (trial + 1) % 10 == 0:
                 print(f"{trial + 1} trials, {sum(stages.values())} kills, {failures} failures", flush=True)
