@@ -24,7 +24,8 @@ from convoxel.phantom import make_dataset
 from convoxel.training.settings import as_yaml
 
 SETTINGS = {"patch_size": [32, 48, 48], "batch_size": 2, "base_features": 16, "steps_per_epoch": 50,
-            "optimizer": "adamw", "learning_rate": 1e-3, "validation_patches": 2, "preview_every": 0, "tensorboard": False}  # fmt: skip
+            "optimizer": "adamw", "learning_rate": 1e-3, "validation_patches": 2, "preview_every": 0,
+            "tensorboard": False}  # fmt: skip
 
 
 def subset(data: Path, folder: Path, count: int) -> Path:

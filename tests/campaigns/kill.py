@@ -136,7 +136,10 @@ def main(trials: int, seed: int, disk: Path | None) -> int:
             finish(work, out)
             if not same(out, straight):
                 failures += 1
-                print(f"trial {trial}: not the uninterrupted run's bits; both are kept in {_keep(out, straight)}", flush=True)
+                print(
+                    f"trial {trial}: not the uninterrupted run's bits; both are kept in {_keep(out, straight)}",
+                    flush=True,
+                )
             shutil.rmtree(out)
             if (trial + 1) % 10 == 0:
                 print(f"{trial + 1} trials, {sum(stages.values())} kills, {failures} failures", flush=True)
