@@ -12,7 +12,6 @@ channels stay. The second norm's weight starts from 0, so that the block starts 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn
+from ..ops.saved import Run
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -108,27 +108,35 @@ def he_init(network: nn.Module, activation: str) -> None:
 
 def twice(stage: nn.Module, *inputs: Tensor | nn.Module) -> Any:
     """stage(*inputs), of which nothing but the inputs is kept: for the gradients it runs a second time."""
+    if torch.compiler.is_compiling():
+        return checkpoint(stage, *inputs, use_reentrant=False)
     modules = [m for m in (stage, *inputs) if isinstance(m, nn.Module)]
-    return checkpoint(
-        stage, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Unseen(modules))
-    )
+
+    def runs() -> tuple[Run, _Again]:
+        stretch = object()
+        return Run(stretch, first=True), _Again(stretch, modules)
+
+    return checkpoint(stage, *inputs, use_reentrant=False, context_fn=runs)
 
 
-class _Unseen:
-    """In a `with` the modules' buffers are copies: batch norms do not count the same batch twice. (torch enters it
-    anew for every backward pass through the same graph.)"""
+class _Again(Run):
+    """The second run: meanwhile the modules' buffers are copies, so that batch norms do not count the same batch
+    twice. (torch enters it anew for every backward pass through the same graph.)"""
 
-    def __init__(self, stage: list[nn.Module]):
-        self.books = [m._buffers for part in stage for m in part.modules() if m._buffers]
+    def __init__(self, stretch: object, modules: list[nn.Module]):
+        super().__init__(stretch, first=False)
+        self.books = [m._buffers for part in modules for m in part.modules() if m._buffers]
 
     def __enter__(self) -> None:
+        super().__enter__()
         self.originals = [dict(book) for book in self.books]
         for book in self.books:
             book.update({name: None if b is None else b.clone() for name, b in book.items()})
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for book, original in zip(self.books, self.originals, strict=True):
             book.update(original)
+        super().__exit__(*error)
 
 
 def size(values: list[int]) -> Any:

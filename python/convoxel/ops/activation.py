@@ -60,8 +60,7 @@ def _save_norm(ctx: Any, x: Tensor, y: Tensor, kind: str, slope: float) -> bool:
         return False
     block, tensors = found
     ctx.block = block.activated(kind, slope, x.dtype)
-    ctx.save_for_backward(*tensors)
-    saved.remember(ctx, y, ctx.block)
+    saved.save(ctx, y, ctx.block, tensors)
     return True
 
 

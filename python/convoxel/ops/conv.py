@@ -24,7 +24,7 @@ from ..geometry import Ints, is_channels_last
 from . import conv_vmap, route
 from .conv_geometry import check, check_dtypes, mixed, numbers, problem
 from .library import Operator, dense, new, pointer, register, scratch
-from .saved import Kept, Upsampled, possible, remember
+from .saved import Kept, Upsampled, possible, save
 
 
 @lru_cache(maxsize=4096)
@@ -138,9 +138,10 @@ def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.dy = Kept(dy)
     # With b, the output of a kernel as wide as its stride is quickly made again: one product a voxel and channel.
     again = possible(output) and tuple(w.shape[2:]) == tuple(ctx.how[0])
-    ctx.save_for_backward(w, b if again else None, *ctx.dy.take())
     if again:
-        remember(ctx, output, Upsampled(ctx.dy, (*ctx.how, size)))
+        save(ctx, output, Upsampled(ctx.dy, (*ctx.how, size)), (w, b, *ctx.dy.take()))
+    else:
+        ctx.save_for_backward(w, None, *ctx.dy.take())
 
 
 def _input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:

@@ -132,9 +132,10 @@ def _save(
     """What the gradient needs, and b where y may be made again; of rows it is not, which have a kernel of their own."""
     ctx.dtype_b = None if b is None else b.dtype
     again = saved.possible(y) and (ctx.how[1] or math.prod(x.shape[2:]) > 1)
-    ctx.save_for_backward(x, w, mean, var, b if again else None)
     if again:
-        saved.remember(ctx, y, saved.Block(*ctx.how), _as_block)
+        saved.save(ctx, y, saved.Block(*ctx.how), (x, w, mean, var, b), _as_block)
+    else:
+        ctx.save_for_backward(x, w, mean, var, None)
 
 
 def _as_block(kept: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -140,8 +140,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     y, *new = output
     ctx.mark_non_differentiable(*new)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w, b, slopes, residual, *(new if mean is None else (mean, var)))
-    saved.remember(ctx, y, saved.Block(*ctx.how))
+    saves = (x, w, b, slopes, residual, *(new if mean is None else (mean, var)))
+    saved.save(ctx, y, saved.Block(*ctx.how), saves)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dmean: None, dvar: None) -> tuple[Any, ...]:

@@ -8,12 +8,14 @@ transposed convolution whose kernel is as wide as its stride: one product a voxe
 
 A node of the graph that can do so carries `made`. Everything else is saved as ever, and so is x wherever a step in
 between could go unseen: x modified in place, hooks on saved tensors (checkpointing, offloading), transforms, compiling.
+A stretch of the network that checkpointing runs twice can be declared one (`Run`): the same holds inside it.
 A tensor still alive in backward is taken as it is. What is kept is under torch's own watch: who modifies raw, or the
 norm's parameters, between forward and backward gets torch's error.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,13 +66,54 @@ class Block:
         return torch.ops.convoxel.norm_act_backward.default(dy, *tensors, *how, False, False, False, True)[4]
 
 
+class Run:
+    """`with` it inside torch.utils.checkpoint (its `context_fn`): one of the two runs of a stretch of the network.
+
+    torch wants both runs to save tensors of the same shapes in the same order, and keeps only the second's. So both
+    save the same recipes, of what was made inside the stretch; what came from outside is no recipe, for what that was
+    made of may be the second run of another stretch. In the first, `blank`s stand for what nobody keeps.
+    """
+
+    def __init__(self, stretch: object, first: bool) -> None:
+        self.stretch, self.first, self.hooks = stretch, first, None
+
+    def __enter__(self) -> None:
+        self.hooks, self.before = _hooks(), _now.run
+        _now.run = self
+
+    def __exit__(self, *_: object) -> None:
+        _now.run, self.hooks = self.before, None  # the hooks hold the stretch's inputs, and it them
+
+
+class _Now(threading.local):
+    run: Run | None = None
+
+
+_now = _Now()
+
+
+def _hooks() -> Any:
+    """The saved tensors' hooks that are on now; None without."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _stretch() -> object:
+    """Of the run that is on now; None outside."""
+    return None if _now.run is None else _now.run.stretch
+
+
+def blank(t: Tensor | None) -> Tensor | None:
+    """One element that has the shape of t."""
+    return None if t is None else t.new_empty(()).expand(t.shape)
+
+
 def possible(y: Tensor) -> bool:
     """Whether y's making can be repeated unseen."""
     return (
         _real(y)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and _hooks() == (None if _now.run is None else _now.run.hooks)
     )
 
 
@@ -87,11 +130,12 @@ class State:
 class Made:
     """Carried by a node of the graph: its output is `how.make(tensors(what it saved))`."""
 
-    def __init__(self, y: Tensor, how: Recipe, tensors: Callable[[Tensors], Tensors]) -> None:
-        self.state, self.how, self.tensors = State(y), how, tensors
+    def __init__(self, y: Tensor, how: Recipe, saves: Tensors, tensors: Callable[[Tensors], Tensors]) -> None:
+        self.state, self.how, self.tensors, self.stretch = State(y), how, tensors, _stretch()
+        self.blanks = [blank(t) for t in saves] if _now.run is not None and _now.run.first else None
 
     def recipe(self, node: Any) -> tuple[Recipe, Tensors]:
-        return self.how, self.tensors(node.saved_tensors)
+        return self.how, self.tensors(node.saved_tensors if self.blanks is None else self.blanks)
 
 
 class Joined:
@@ -100,7 +144,7 @@ class Joined:
     def __init__(self, y: Tensor, parts: Sequence[Kept], dim: int) -> None:
         self.join, taken = Join.of(parts, dim)
         held = [(t, None if t is None else State(t)) for t in taken]
-        self.state, self.held = State(y), held
+        self.state, self.held, self.stretch = State(y), held, _stretch()
         self.alive = weakref.ref(y, lambda _: held.clear())
 
     def recipe(self, node: Any) -> tuple[Recipe, Tensors] | None:
@@ -146,10 +190,13 @@ class Upsampled:
 Recipe = Block | Join | Upsampled
 
 
-def remember(node: Any, y: Tensor, how: Recipe, tensors: Callable[[Tensors], Tensors] = lambda t: t) -> None:
-    """In setup_context, or of y.grad_fn: y is what `how` makes of `tensors(what the node saves)`."""
+def save(
+    node: Any, y: Tensor, how: Recipe, saves: Tensors, tensors: Callable[[Tensors], Tensors] = lambda t: t
+) -> None:
+    """In setup_context: the node saves these for backward, and y is what `how` makes of `tensors(saves)`."""
+    node.save_for_backward(*saves)
     if possible(y):
-        node.made = Made(y, how, tensors)
+        node.made = Made(y, how, saves, tensors)
 
 
 def remember_parts(y: Tensor, parts: Sequence[Tensor], dim: int) -> None:
@@ -165,6 +212,8 @@ def recipe(y: Tensor) -> tuple[Recipe, Tensors] | None:
     """How y was made, and of what; None where that is unknown, or y is no longer what was made."""
     made = getattr(y.grad_fn, "made", None)
     if not isinstance(made, (Made, Joined)) or not possible(y) or not made.state.holds(y):
+        return None
+    if made.stretch is not _stretch():
         return None
     try:
         return made.recipe(y.grad_fn)
