@@ -88,11 +88,11 @@ def run_command(args: argparse.Namespace) -> int:
         settings_from(given, str(args.settings))
     given |= {name: getattr(args, name) for name in typing.get_type_hints(Settings)
               if getattr(args, name, None) is not None}  # fmt: skip
-    memory.keep_freed()
     with processes() as group, _asked_to_stop() as stop:
         say = print_now if group.is_first else _silent
         show = not args.quiet and group.is_first and sys.stderr.isatty()
         run = running.open_run(args.dataset, args.out, given, cache=args.cache, group=group, progress=show)
+        memory.keep_freed(run.settings.engine == "convoxel")  # torch as its users run it
         say("\n".join(run.plan.reasons))
         say(_forecast(run))
         if args.plan_only:
