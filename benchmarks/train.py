@@ -1,6 +1,6 @@
 """The same recipe learnt on convoxel's kernels, on torch's, and by nnU-Net's own trainer: Dice, time, memory.
 
-    python benchmarks/train.py OUT [--seeds 0 1 2] [--steps 200] [--nnunet PYTHON]
+    python benchmarks/train.py OUT [--seeds 0 1 2] [--steps 200] [--columns convoxel torch] [--nnunet PYTHON]
 
 Twenty phantoms to train on, ten others to score (`convoxel phantom`, seed 0). All columns have the same network (U-Net
 of 32 channels and more), patch, batch, optimiser, schedule, augmentation's probabilities and number of steps; every
@@ -38,7 +38,12 @@ from convoxel.training.settings import as_yaml
 SHAPE = (48, 96, 96)
 PATCH = (32, 64, 64)
 EPOCH = 50  # steps
-COLUMNS = ("convoxel", "torch", "nnU-Net")
+COLUMNS = {  # settings of each; nnU-Net has none of ours
+    "convoxel": ("--engine", "convoxel"),
+    "convoxel bfloat16": ("--engine", "convoxel", "--precision", "bfloat16"),
+    "torch": ("--engine", "torch"),
+    "nnU-Net": (),
+}
 
 
 def settings(steps: int) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def train(out: Path, data: Path, column: str, seed: int, args: argparse.Namespac
     else:
         argv = [sys.executable, "-m", "convoxel", "train", str(data), "-o", str(folder / "run"), "--folds", "all", "-q",
                 "--settings", str(out / "settings.yaml"), "--cache", str(out / "cache"), "--seed", str(seed),
-                "--engine", column]  # fmt: skip
+                *COLUMNS[column]]  # fmt: skip
     done = Watched(argv, folder / "log.txt", env)
     step = _step_seconds(folder, column)
     about.write_text(json.dumps({"seconds": done.seconds, "peak": done.peak, "step_seconds": step}))
@@ -193,12 +198,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help=f"a multiple of {EPOCH}")
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS)[:-1], choices=COLUMNS, help="convoxel among them")
     parser.add_argument("--nnunet", metavar="PYTHON", help="a Python that has nnunetv2, for the third column")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     data = prepare(out, args.steps)
-    columns = [column for column in COLUMNS if column != "nnU-Net" or args.nnunet]
+    columns = [*args.columns, *["nnU-Net"] * bool(args.nnunet)]
     for seed in args.seeds:
         for column in columns:
             folder = train(out, data, column, seed, args)

@@ -233,6 +233,16 @@ def test_a_full_disk_loses_nothing(begin, straight, monkeypatch):
     assert same_bits(run.train(made, "0"), straight)
 
 
+def test_killed_between_state_and_log_the_log_is_made_up_for(begin, straight):
+    made = begin(tensorboard=True)
+    run.train(made, "0")
+    folder = made.fold_folder("0")
+    for name in ("log.csv", "curve.png"):
+        (folder / name).unlink()
+    run.train(made, "0")
+    assert rows(folder) == rows(straight.parent) and (folder / "curve.png").is_file()
+
+
 def test_a_damaged_state_is_named(begin):
     made = begin()
     with pytest.raises(loop.Stopped):
@@ -328,23 +338,23 @@ def test_kinds_of_training(settings, begin):
     assert run.judge(made, "0").cases
 
 
-@pytest.mark.parametrize("change", ["regions", "ignore"])
-def test_regions_and_an_ignore_label(change, phantoms, tmp_path):
-    labels = json.loads((phantoms / "dataset.json").read_text())
-    folder = tmp_path / "Dataset003_Other"
-    make_dataset(folder, cases=3, test_cases=0, shape=(24, 40, 40), spacing=(9.0, 8.0, 8.0))
-    if change == "regions":
-        labels |= {"labels": {"background": 0, "liver": [1, 5], "others": [2, 3, 4], "lesion": 5},
-                   "regions_class_order": [1, 2, 5]}  # fmt: skip
-    else:
-        labels["labels"] = {"background": 0, "liver": 1, "spleen": 2, "kidneys": 3, "vessels": 4, "ignore": 5}
-    labels["numTraining"] = 3
-    (folder / "dataset.json").write_text(json.dumps(labels))
+@pytest.mark.parametrize("kind", ["regions", "ignore", "two channels", "the Decathlon's folders"])
+def test_kinds_of_datasets(kind, tmp_path):
+    folder, names = tmp_path / "Dataset003_Other", ("liver", "spleen", "kidneys", "vessels", "lesion")
+    make_dataset(folder, cases=3, test_cases=0, shape=(24, 40, 40), spacing=(9.0, 8.0, 8.0),
+                 modalities=("T1", "T2") if kind == "two channels" else ("CT",),
+                 format="msd" if kind == "the Decathlon's folders" else "nnunet")  # fmt: skip
+    about = json.loads((folder / "dataset.json").read_text())
+    if kind == "regions":
+        names = ("liver", "others", "lesion")
+        about |= {"labels": {"background": 0, "liver": [1, 5], "others": [2, 3, 4], "lesion": 5},
+                  "regions_class_order": [1, 2, 5]}  # fmt: skip
+    elif kind == "ignore":
+        names = ("liver", "spleen", "kidneys", "vessels")
+        about["labels"] = {"background": 0, "liver": 1, "spleen": 2, "kidneys": 3, "vessels": 4, "ignore": 5}
+    (folder / "dataset.json").write_text(json.dumps(about))
     made = run.open_run(folder, tmp_path / "run", {**TINY, "epochs": 1, "cross_validation": 3})
     run.train(made, "0")
-    names = (
-        ("liver", "others", "lesion") if change == "regions" else ("liver", "spleen", "kidneys", "vessels")
-    )
     assert made.structures.names == names and set(run.judge(made, "0").summary) >= set(names)
 
 

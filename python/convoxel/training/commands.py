@@ -94,7 +94,7 @@ def run_command(args: argparse.Namespace) -> int:
         run = running.open_run(args.dataset, args.out, given, cache=args.cache, group=group, progress=show)
         memory.keep_freed(run.settings.engine == "convoxel")  # torch as its users run it
         say("\n".join(run.plan.reasons))
-        say(_forecast(run))
+        say(f"Everything used is in {run.folder / 'settings.yaml'}, this plan in plan.json.")
         if args.plan_only:
             return 0
         try:
@@ -106,15 +106,6 @@ def run_command(args: argparse.Namespace) -> int:
             say(f"stopped; the same command goes on: convoxel train {args.dataset} -o {args.out}")
             return 130
     return 0
-
-
-def _forecast(run: running.Run) -> str:
-    settings, plan = run.settings, run.plan
-    whole = running.duration(settings.total_steps * plan.step_seconds)
-    return (
-        f"{settings.epochs} epochs of {settings.steps_per_epoch} steps, about {plan.step_seconds:.1f} s each: {whole} "
-        f"a fold, {plan.memory_bytes / 1e9:.1f} GB of memory; everything used is in {run.folder / 'settings.yaml'}"
-    )
 
 
 def _judge(run: running.Run, fold: str, model: Path, show: bool) -> None:

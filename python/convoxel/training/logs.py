@@ -71,7 +71,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 class Board:
-    """TensorBoard's events. `first_step`: what an earlier process wrote of later steps does not count."""
+    """TensorBoard's events. `first_step`: what an earlier process wrote of this step and later ones does not count."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         try:
@@ -80,7 +80,7 @@ class Board:
             raise ImportError(
                 'TensorBoard\'s events need tensorboard: pip install "convoxel[train]", or set tensorboard: false'
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, row: Epoch, names: Sequence[str]) -> None:
         scalars = {"loss": row.loss, "learning rate": row.rate, "dice/mean": row.mean_dice,

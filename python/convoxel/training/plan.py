@@ -19,6 +19,7 @@ from typing import Any
 
 from ..importers.networks import Description
 from ..importers.nnunet_recipe import NnunetRecipe
+from ..progress import duration
 from .budget import Budget
 from .cases import Dataset
 from .fingerprint import READER, Fingerprint
@@ -262,12 +263,12 @@ class _Planner:
     def _about_step(self, found: Topology, batch: int) -> str:
         settings, budget = self.settings, self.budget
         seconds = budget.seconds(found, batch)
-        hours = seconds * settings.total_steps / 3600
+        whole = duration(seconds * settings.total_steps)
         engine = (
             " with the engine convoxel; torch takes longer and more" if settings.engine != "convoxel" else ""
         )
         return (
-            f"Forecast: {seconds:.1f} s a step on {budget.cores} core{'s' * (budget.cores > 1)}, {hours:.1f} hours for "
+            f"Forecast: {seconds:.1f} s a step on {budget.cores} core{'s' * (budget.cores > 1)}, {whole} for "
             f"{settings.epochs} epochs of {settings.steps_per_epoch} steps, {budget.memory(found, batch) / 1e9:.1f} GB "
             f"of memory{engine}."
         )

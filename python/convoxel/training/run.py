@@ -12,6 +12,7 @@ OUT/settings.yaml                every setting that was used
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,7 +29,7 @@ from ..conversion import accelerate
 from ..evaluation import Result, evaluate, worst_cases
 from ..importers import load, own
 from ..importers.trained import TrainedModel
-from ..progress import bar
+from ..progress import bar, duration
 from . import logs, state
 from .cache import Stored, store
 from .cases import Case, Dataset, Fold, find_cases
@@ -171,30 +172,22 @@ def train(
     network = build(run.plan, run.settings)
     data = Data(training, validation or training, run.structures, run.plan.patch_size, run.plan.batch_size)
     trainer = Trainer(network, data, run.settings, folder, group)
-    book = _Book(run, fold, trainer)
+    book = _Book(run, fold, trainer, writes=group.is_first)
     done = book.restore()
     if done.finished:
         say(f"fold {fold}: trained already, {len(done.epochs)} epochs")
-        return book.model_file
-    if done.step:
+    elif done.step:
         say(f"fold {fold}: goes on at step {done.step} of {run.settings.total_steps}")
     else:
         say(f"fold {fold}: {len(names)} cases to train on, {len(held_out)} held out")
-    board = book.board() if group.is_first and run.settings.tensorboard else None
 
     def epoch_done(row: Epoch) -> None:
-        if group.is_first:
-            book.enter(row, board)
-            say(line(row, run.settings, run.structures.names))
+        book.enter()
+        say(line(row, run.settings, run.structures.names))
 
-    try:
-        trainer.train(
-            done, save=book.save if group.is_first else lambda: None, epoch_done=epoch_done, stop=stop,
-            show=progress and group.is_first,
-        )  # fmt: skip
-    finally:
-        if board is not None:
-            board.close()
+    with contextlib.closing(book):
+        book.enter()  # a kill may have come between the state and the log
+        trainer.train(done, save=book.save, epoch_done=epoch_done, stop=stop, show=progress and group.is_first)
     return book.model_file
 
 
@@ -215,66 +208,66 @@ def _stored(run: Run, names: Sequence[str], progress: bool) -> list[Stored]:
 
 
 class _Book:
-    """The files of one fold."""
+    """The files of one fold; only the first process writes them."""
 
-    def __init__(self, run: Run, fold: str, trainer: Trainer) -> None:
-        self.run, self.fold, self.trainer, self.folder = run, fold, trainer, run.fold_folder(fold)
-        self.progress = Progress()
-        self.state_file, self.model_file = (
-            self.folder / "state.safetensors",
-            self.folder / "model.safetensors",
-        )
+    def __init__(self, run: Run, fold: str, trainer: Trainer, writes: bool) -> None:
+        self.run, self.fold, self.trainer, self.writes = run, fold, trainer, writes
+        self.folder, self.progress = run.fold_folder(fold), Progress()
+        self.state_file, self.model_file = self.folder / "state.safetensors", self.folder / "model.safetensors"
         training, held_out = run.cases(fold)
         self.identity = {"training": training, "held_out": held_out}
+        self.board: logs.Board | None = None
 
     def restore(self) -> Progress:
+        """What was saved, with network and optimiser as they were; a beginning where nothing was."""
         if self.state_file.is_file():
-            self.progress, identity = state.load(
-                self.state_file, self.trainer.network, self.trainer.optimizer
-            )
+            self.progress, identity = state.load(self.state_file, self.trainer.network, self.trainer.optimizer)
             if identity != self.identity:
                 raise ValueError(f"{self.folder} was trained on other cases; give another -o")
+        if self.writes and self.run.settings.tensorboard:
+            rows = self.progress.epochs
+            self.board = logs.Board(self.folder / "events", rows[-1].step if rows else 0)
         return self.progress
 
     def save(self) -> None:
-        if self.progress.finished:  # before the state says so
+        """The state, and before it the models that it says are there."""
+        if not self.writes:
+            return
+        if self.progress.finished:
             self._save_model(self.model_file)
-        if self.progress.epochs and self._at_best():
+        if self._at_an_epochs_end and self.progress.best_epoch == len(self.progress.epochs):
             self._save_model(self.folder / "best.safetensors")
-        state.save(
-            self.state_file, self.trainer.network, self.trainer.optimizer, self.progress, self.identity
-        )
+        state.save(self.state_file, self.trainer.network, self.trainer.optimizer, self.progress, self.identity)
 
-    def _at_best(self) -> bool:
-        """Whether the weights are those of the best epoch's end."""
-        last = self.progress.epochs[-1]
-        return self.progress.best_epoch == last.epoch and self.progress.step == last.step
-
-    def _save_model(self, path: Path) -> None:
-        run, network = self.run, self.trainer.network
-        own.save(
-            TrainedModel(
-                [network], run.plan.network, run.plan.recipe, f"{run.dataset.name} fold {self.fold}"
-            ),
-            path,
-        )
-
-    def board(self) -> logs.Board:
-        return logs.Board(self.folder / "events", self.progress.step)
-
-    def enter(self, row: Epoch, board: logs.Board | None) -> None:
-        """One more epoch in the log, the curve and the pictures."""
+    def enter(self) -> None:
+        """The last epoch in the log, the curve and the pictures, if the weights are those of its end."""
+        if not (self.writes and self._at_an_epochs_end):
+            return
         names, rows, settings = self.run.structures.names, self.progress.epochs, self.run.settings
         logs.write_csv(self.folder / "log.csv", rows, names)
         logs.draw_curve(self.folder / "curve.png", rows, names)
-        if board is not None:
-            board.add(row, names)
-        if settings.preview_every and (row.epoch % settings.preview_every == 0 or self.progress.finished):
-            pictures = self.folder / "previews"
-            pictures.mkdir(exist_ok=True)
-            spacing = self.run.plan.recipe.spacing
-            draw_previews(pictures / f"epoch_{row.epoch:04d}.png", self.trainer.previews(), names,
-                          aspect=spacing[-2] / spacing[-1])  # fmt: skip
+        if self.board is not None:
+            self.board.add(rows[-1], names)
+        if settings.preview_every and (len(rows) % settings.preview_every == 0 or self.progress.finished):
+            self._draw_previews(self.folder / "previews" / f"epoch_{len(rows):04d}.png")
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    @property
+    def _at_an_epochs_end(self) -> bool:
+        return bool(self.progress.epochs) and self.progress.step == self.progress.epochs[-1].step
+
+    def _save_model(self, path: Path) -> None:
+        run, network = self.run, self.trainer.network
+        name = f"{run.dataset.name} fold {self.fold}"
+        own.save(TrainedModel([network], run.plan.network, run.plan.recipe, name), path)
+
+    def _draw_previews(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        spacing = self.run.plan.recipe.spacing
+        draw_previews(path, self.trainer.previews(), self.run.structures.names, aspect=spacing[-2] / spacing[-1])
 
 
 def line(row: Epoch, settings: Settings, names: Sequence[str]) -> str:
@@ -287,16 +280,6 @@ def line(row: Epoch, settings: Settings, names: Sequence[str]) -> str:
         f"epoch {row.epoch}/{settings.epochs}: loss {row.loss:.4f}, Dice {each}; {row.step_seconds:.2f} s a step, "
         f"{100 * row.waited:.0f} % of it waiting for patches, {duration(left)} left"
     )
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(45), duration(600), duration(40_000)
-    ('45 s', '10 min', '11.1 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def judge(run: Run, fold: str, *, progress: bool = False) -> Result | None:
