@@ -108,7 +108,7 @@ def load(path: Path, network: nn.Module, optimizer: Optimizer) -> tuple[Progress
 
 def remove_leftovers(folder: Path) -> None:
     """Files half written by a run that was killed."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.rglob(".*.tmp"):
         os.unlink(path)
 
 
