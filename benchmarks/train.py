@@ -1,6 +1,6 @@
 """The same recipe learnt on convoxel's kernels, on torch's, and by nnU-Net's own trainer: Dice, time, memory.
 
-    python benchmarks/train.py OUT [--seeds 0 1 2] [--steps 200] [--columns convoxel torch] [--nnunet PYTHON]
+    python benchmarks/train.py OUT [--seeds 0 1 2] [--steps 150] [--columns convoxel torch] [--nnunet PYTHON]
 
 Twenty phantoms to train on, ten others to score (`convoxel phantom`, seed 0). All columns have the same network (U-Net
 of 32 channels and more), patch, batch, optimiser, schedule, augmentation's probabilities and number of steps; every
@@ -8,7 +8,8 @@ training is a process of its own, in turn, on cases made ready before. Dice is t
 `convoxel predict` without mirroring in every column, and scored by `convoxel evaluate`'s rules; differences are paired
 by case, over the mean of the seeds. Time: the training process from start to end, with its checkpoints and validation
 patches; steps: without. Memory: its peak (its helpers' added for nnU-Net, which loads in processes of its own). nnU-Net
-(PYTHON: one that has nnunetv2) gets our spacing, patch, batch and network; its 250 steps an epoch become ours.
+(PYTHON: one that has nnunetv2) gets our spacing, patch, batch, network, AdamW and learning rate; its 250 steps an epoch
+become ours. Time, steps and memory are the first seed's: let that one run alone on the machine.
 What is done already in OUT is not done again.
 """
 
@@ -37,7 +38,8 @@ from convoxel.training.settings import as_yaml
 
 SHAPE = (48, 96, 96)
 PATCH = (32, 64, 64)
-EPOCH = 50  # steps
+EPOCH = 25  # steps
+RATE = 1e-3  # AdamW's: in so few steps nnU-Net's SGD does not find the smaller organs
 COLUMNS = {  # settings of each; nnU-Net has none of ours
     "convoxel": ("--engine", "convoxel"),
     "convoxel bfloat16": ("--engine", "convoxel", "--precision", "bfloat16"),
@@ -48,7 +50,8 @@ COLUMNS = {  # settings of each; nnU-Net has none of ours
 
 def settings(steps: int) -> dict[str, Any]:
     return {"patch_size": list(PATCH), "batch_size": 2, "epochs": steps // EPOCH, "steps_per_epoch": EPOCH,
-            "validation_patches": 8, "preview_every": 0, "tensorboard": False}  # fmt: skip
+            "optimizer": "adamw", "learning_rate": RATE, "validation_patches": 8, "preview_every": 0,
+            "tensorboard": False}  # fmt: skip
 
 
 def prepare(out: Path, steps: int) -> Path:
@@ -118,7 +121,7 @@ def train(out: Path, data: Path, column: str, seed: int, args: argparse.Namespac
         plan = out / "plan" / "plan.json"
         if not (out / "preprocessed" / "Dataset001_Phantom" / "ready").is_file():
             Watched([*script, "prepare", str(plan)], out / "nnunet_prepare.log", env)
-        argv = [*script, "train", str(seed), str(args.steps // EPOCH), str(EPOCH), "4"]
+        argv = [*script, "train", str(seed), str(args.steps // EPOCH), str(EPOCH), "4", str(RATE)]
     else:
         argv = [sys.executable, "-m", "convoxel", "train", str(data), "-o", str(folder / "run"), "--folds", "all", "-q",
                 "--settings", str(out / "settings.yaml"), "--cache", str(out / "cache"), "--seed", str(seed),
@@ -164,9 +167,7 @@ def report(out: Path, data: Path, columns: list[str], args: argparse.Namespace) 
     tables = {column: dice(out, data, column, args.seeds) for column in columns}
     names = tables["convoxel"][0]
     about = {
-        column: [
-            json.loads((out / column / f"seed_{seed}" / "about.json").read_text()) for seed in args.seeds
-        ]
+        column: json.loads((out / column / f"seed_{args.seeds[0]}" / "about.json").read_text())
         for column in columns
     }
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
@@ -176,12 +177,7 @@ def report(out: Path, data: Path, columns: list[str], args: argparse.Namespace) 
         )
     for word, key, scale, form in (("training, s", "seconds", 1, ".0f"), ("a step, s", "step_seconds", 1, ".3f"),
                                    ("peak memory, MB", "peak", 1e-6, ".0f")):  # fmt: skip
-        cells = []
-        for column in columns:
-            values = sorted(scale * row[key] for row in about[column])
-            spread = f" ({values[0]:{form}} to {values[-1]:{form}})" if len(values) > 1 else ""
-            cells.append(f"{statistics.median(values):{form}}{spread}")
-        lines.append(f"| {word} | " + " | ".join(cells) + " |")
+        lines.append(f"| {word} | " + " | ".join(f"{scale * about[c][key]:{form}}" for c in columns) + " |")
     for column in columns[1:]:
         lines += ["", f"Dice, convoxel minus {column}, paired over {len(tables[column][1])} cases:", ""]
         for name, found in zip(names, compare(tables["convoxel"][1] - tables[column][1]), strict=True):
@@ -197,8 +193,10 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200, help=f"a multiple of {EPOCH}")
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS)[:-1], choices=COLUMNS, help="convoxel among them")
+    parser.add_argument("--steps", type=int, default=150, help=f"a multiple of {EPOCH}")
+    parser.add_argument(
+        "--columns", nargs="+", default=list(COLUMNS)[:-1], choices=COLUMNS, help="convoxel among them"
+    )
     parser.add_argument("--nnunet", metavar="PYTHON", help="a Python that has nnunetv2, for the third column")
     args = parser.parse_args()
     out = args.out.resolve()

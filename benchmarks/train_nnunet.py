@@ -1,4 +1,4 @@
-"""nnU-Net's side of train.py, by a Python that has nnunetv2: `prepare PLAN` and `train SEED EPOCHS STEPS VALIDATION`.
+"""nnU-Net's side of train.py, by a Python that has nnunetv2: `prepare PLAN`, `train SEED EPOCHS STEPS VALIDATION RATE`.
 
 The folders come from nnUNet_raw, nnUNet_preprocessed and nnUNet_results. Its planner and preprocessor run as they are;
 then its 3d_fullres configuration gets the spacing, patch, batch and network of convoxel's plan.json.
@@ -44,8 +44,9 @@ def prepare(plan_file: Path) -> None:
     (folder / "ready").touch()
 
 
-def train(seed: int, epochs: int, steps: int, validation: int) -> None:
+def train(seed: int, epochs: int, steps: int, validation: int, rate: float) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
+    from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
     torch.set_num_threads(multiprocessing.cpu_count())  # as nnUNetv2_train -device cpu does
     torch.manual_seed(seed)
@@ -53,6 +54,12 @@ def train(seed: int, epochs: int, steps: int, validation: int) -> None:
     trainer = get_trainer_from_args("1", CONFIGURATION, "all", device=torch.device("cpu"))
     trainer.num_epochs, trainer.num_iterations_per_epoch = epochs, steps
     trainer.num_val_iterations_per_epoch = validation
+
+    def optimisers() -> tuple:
+        adamw = torch.optim.AdamW(trainer.network.parameters(), rate, weight_decay=3e-5)
+        return adamw, PolyLRScheduler(adamw, rate, epochs)
+
+    trainer.configure_optimizers = optimisers
     ended: list[float] = []
     step = trainer.train_step
 
@@ -72,4 +79,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "prepare":
         prepare(Path(sys.argv[2]))
     else:
-        train(*map(int, sys.argv[2:]))
+        train(*map(int, sys.argv[2:6]), float(sys.argv[6]))
