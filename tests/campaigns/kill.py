@@ -4,7 +4,7 @@
 
 A run of `convoxel train` on phantoms is trained once without interruption, with its caches, logs and pictures. Each
 trial starts it in an empty folder and kills it by SIGKILL after a random share of that run's time, so that imports,
-planning, caching, steps, saves and validation are all hit; goes on, is killed again at another instant, then goes on
+planning, caching, steps, saves and validation are all hit; half of them are killed again on their way; then it goes on
 to the end. The final weights and the log must be those of the uninterrupted run, bit for bit. TMPFS: a small file
 system that is empty (mount -t tmpfs -o size=3m none FOLDER), on which a last run fills the disk up: it must stop with
 exit code 1 and one line of words, and go on to the same bits once there is room. Exit code 1 if anything differs.
@@ -130,7 +130,7 @@ def main(trials: int, seed: int, disk: Path | None) -> int:
         print(f"uninterrupted: {whole:.1f} s; {trials} trials, seed {seed}", flush=True)
         for trial in range(trials):
             out = work / f"trial{trial}"
-            for _ in range(2):
+            for _ in range(rng.randint(1, 2)):
                 if kill_after(rng.uniform(0.3, whole), command(work, out)):
                     stages[stage(out)] += 1
             finish(work, out)

@@ -187,7 +187,9 @@ def train(
 
     with contextlib.closing(book):
         book.enter()  # a kill may have come between the state and the log
-        trainer.train(done, save=book.save, epoch_done=epoch_done, stop=stop, show=progress and group.is_first)
+        trainer.train(
+            done, save=book.save, epoch_done=epoch_done, stop=stop, show=progress and group.is_first
+        )
     return book.model_file
 
 
@@ -213,7 +215,10 @@ class _Book:
     def __init__(self, run: Run, fold: str, trainer: Trainer, writes: bool) -> None:
         self.run, self.fold, self.trainer, self.writes = run, fold, trainer, writes
         self.folder, self.progress = run.fold_folder(fold), Progress()
-        self.state_file, self.model_file = self.folder / "state.safetensors", self.folder / "model.safetensors"
+        self.state_file, self.model_file = (
+            self.folder / "state.safetensors",
+            self.folder / "model.safetensors",
+        )
         training, held_out = run.cases(fold)
         self.identity = {"training": training, "held_out": held_out}
         self.board: logs.Board | None = None
@@ -221,7 +226,9 @@ class _Book:
     def restore(self) -> Progress:
         """What was saved, with network and optimiser as they were; a beginning where nothing was."""
         if self.state_file.is_file():
-            self.progress, identity = state.load(self.state_file, self.trainer.network, self.trainer.optimizer)
+            self.progress, identity = state.load(
+                self.state_file, self.trainer.network, self.trainer.optimizer
+            )
             if identity != self.identity:
                 raise ValueError(f"{self.folder} was trained on other cases; give another -o")
         if self.writes and self.run.settings.tensorboard:
@@ -237,7 +244,9 @@ class _Book:
             self._save_model(self.model_file)
         if self._at_an_epochs_end and self.progress.best_epoch == len(self.progress.epochs):
             self._save_model(self.folder / "best.safetensors")
-        state.save(self.state_file, self.trainer.network, self.trainer.optimizer, self.progress, self.identity)
+        state.save(
+            self.state_file, self.trainer.network, self.trainer.optimizer, self.progress, self.identity
+        )
 
     def enter(self) -> None:
         """The last epoch in the log, the curve and the pictures, if the weights are those of its end."""
@@ -267,7 +276,9 @@ class _Book:
     def _draw_previews(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         spacing = self.run.plan.recipe.spacing
-        draw_previews(path, self.trainer.previews(), self.run.structures.names, aspect=spacing[-2] / spacing[-1])
+        draw_previews(
+            path, self.trainer.previews(), self.run.structures.names, aspect=spacing[-2] / spacing[-1]
+        )
 
 
 def line(row: Epoch, settings: Settings, names: Sequence[str]) -> str:
