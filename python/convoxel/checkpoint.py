@@ -109,7 +109,7 @@ def _put(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
         plain = tensor.detach().cpu().contiguous().flatten()
-        file.write(memoryview(plain.view(torch.uint8).numpy()))
+        file.write(plain.view(torch.uint8).numpy().data)
 
 
 def _dtype(name: str, tensor: Tensor) -> str:
