@@ -358,6 +358,13 @@ def test_kinds_of_datasets(kind, tmp_path):
     assert made.structures.names == names and set(run.judge(made, "0").summary) >= set(names)
 
 
+def test_too_few_cases_for_the_folds(begin):
+    with pytest.raises(
+        ValueError, match="5 cases cannot make 9 folds.*set cross_validation, or .* --folds all"
+    ):
+        begin(cross_validation=9).cases("0")
+
+
 def test_all_cases(begin):
     made = begin(epochs=1, steps_per_epoch=1)
     assert made.cases("all") == (made.dataset.names, [])

@@ -14,7 +14,7 @@ from typing import Any
 from .. import memory
 from . import run as running
 from .loop import Stopped
-from .processes import Processes, processes
+from .processes import processes
 from .settings import ENGINES, NETWORKS, OPTIMIZERS, PRECISIONS, Settings, read_settings, settings_from
 
 _HELP = {  # of the settings that need more than a name
@@ -88,7 +88,8 @@ def run_command(args: argparse.Namespace) -> int:
         settings_from(given, str(args.settings))
     given |= {name: getattr(args, name) for name in typing.get_type_hints(Settings)
               if getattr(args, name, None) is not None}  # fmt: skip
-    with processes() as group, _asked_to_stop() as stop:
+    stop = _Stop()
+    with processes() as group, stop.listening():
         say = print_now if group.is_first else _silent
         show = not args.quiet and group.is_first and sys.stderr.isatty()
         run = running.open_run(args.dataset, args.out, given, cache=args.cache, group=group, progress=show)
@@ -100,6 +101,7 @@ def run_command(args: argparse.Namespace) -> int:
         try:
             for fold in args.folds:
                 model = running.train(run, fold, group=group, stop=stop, say=say, progress=show)
+                stop.stepping = False
                 if group.is_first:
                     _judge(run, fold, model, show)
         except Stopped:
@@ -124,25 +126,29 @@ def _silent(_: str) -> None:
     """The other processes say nothing."""
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[Any]:
-    """A function that is true once the user (Ctrl-C) or the system (SIGTERM) wants an end; the second time it comes
-    at once."""
-    asked: list[int] = []
+class _Stop:
+    """Ctrl-C and SIGTERM: heard after a step where there are steps; at once where there are none, or when repeated."""
 
-    def ask(number: int, _: Any) -> None:
-        if asked:
+    def __init__(self) -> None:
+        self.stepping = self.asked = False
+
+    def __call__(self) -> bool:
+        """Whether to stop after this step."""
+        self.stepping = True
+        return self.asked
+
+    def ask(self, number: int, frame: Any) -> None:
+        if self.asked or not self.stepping:
             raise KeyboardInterrupt
-        asked.append(number)
+        self.asked = True
         print("\nstops after this step (again: at once)", file=sys.stderr, flush=True)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, ask) for number in signals]
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
-__all__ = ["Processes", "add_arguments", "run_command"]
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.ask) for number in signals]
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)

@@ -65,7 +65,12 @@ class Run:
         """Names of the cases to train on, and of those that are held out: none in the fold "all"."""
         if fold == ALL:
             return self.dataset.names, []
-        folds = self.dataset.folds(self.settings.cross_validation)
+        try:
+            folds = self.dataset.folds(self.settings.cross_validation)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; set cross_validation, or train on every case: --folds {ALL}"
+            ) from error
         if not fold.isdigit() or int(fold) >= len(folds):
             raise ValueError(f"there is no fold {fold}; expected 0 to {len(folds) - 1}, or {ALL}")
         return folds[int(fold)]
