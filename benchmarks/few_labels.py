@@ -1,6 +1,6 @@
 """Dice against the number of training cases, with and without augmentation, as a table and a picture.
 
-    python benchmarks/few_labels.py OUT [--cases 1 2 4 8 16] [--seeds 0] [--steps 200]
+    python benchmarks/few_labels.py OUT [--cases 1 2 4 8 16] [--seeds 0] [--steps 600]
 
 Phantoms of `convoxel phantom`, seed 0: the first n of sixteen are trained on (fold "all" of a folder that has only
 these), ten others are predicted whole and scored. Every training has as many steps, whatever the number of its cases.
@@ -23,8 +23,8 @@ from convoxel.evaluation import evaluate
 from convoxel.phantom import make_dataset
 from convoxel.training.settings import as_yaml
 
-SETTINGS = {"patch_size": [32, 48, 48], "batch_size": 2, "base_features": 16, "steps_per_epoch": 50,
-            "optimizer": "adamw", "learning_rate": 1e-3, "validation_patches": 2, "preview_every": 0,
+SETTINGS = {"patch_size": [32, 48, 48], "batch_size": 2, "base_features": 8, "steps_per_epoch": 100,
+            "optimizer": "adamw", "learning_rate": 3e-3, "validation_patches": 2, "preview_every": 0,
             "tensorboard": False}  # fmt: skip
 
 
@@ -87,13 +87,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     data = out / "Dataset001_Phantom"
     if not (data / "dataset.json").is_file():
-        make_dataset(data, cases=max(args.cases), test_cases=10, shape=(48, 72, 72))
+        make_dataset(data, cases=max(args.cases), test_cases=10, shape=(32, 56, 56))
     settings = out / "settings.yaml"
     settings.write_text(as_yaml({**SETTINGS, "epochs": args.steps // SETTINGS["steps_per_epoch"]}))
     table = {augment: np.empty((len(args.cases), len(args.seeds))) for augment in (True, False)}

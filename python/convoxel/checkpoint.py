@@ -46,6 +46,10 @@ def replace_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        if error.filename is None and error.strerror:  # of a write: the disk is full, but which?
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         aside.unlink(missing_ok=True)
     if os.name == "posix":  # the name itself is on the disk once its folder is

@@ -10,6 +10,7 @@ system that is empty (mount -t tmpfs -o size=3m none FOLDER), on which a last ru
 exit code 1 and one line of words, and go on to the same bits once there is room. Exit code 1 if anything differs.
 """
 
+import contextlib
 import csv
 import os
 import random
@@ -101,12 +102,8 @@ def full_disk(work: Path, disk: Path, straight: Path) -> bool:
     while not (out / "fold_0" / "state.safetensors").is_file() and process.poll() is None:
         time.sleep(0.001)
     ballast = disk / "ballast"
-    with ballast.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-                file.flush()
-        except OSError:
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
             pass
     _, error = process.communicate()
     lines = [line for line in error.splitlines() if line.startswith("convoxel train:")]
