@@ -109,6 +109,15 @@ def test_probabilities_outside_the_crop_are_background(model, tmp_path):
     assert labels.any()
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_scan_a_little_smaller_than_the_patch(missing, tmp_path):
+    """On the network's own spacing: what is padded, on one side or on both, does not come back."""
+    plan = nnunet_model.plans(patch_size=(12, 8, 8), spacing=(2.0, 1.5, 1.0))
+    scan = Volume(nnunet_model.scan((12 - missing, 12, 14), 0), (2.0, 1.5, 1.0))
+    labels = importers.load(nnunet_model.write(tmp_path, plan)).predict([scan], mirror=False)
+    assert labels.array.shape == scan.array.shape and len(np.unique(labels.array)) > 1
+
+
 def test_mirroring_overlap_and_batches(model, tmp_path):
     scan = volume.read(put(tmp_path / "scan.nii.gz"))
     loaded = importers.load(model)

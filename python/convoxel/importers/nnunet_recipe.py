@@ -232,7 +232,7 @@ class NnunetRecipe(Recipe):
         padded = np.pad(image, [(0, 0), *rim]) if any(map(any, rim)) else image
         overlaps = per_axis("overlap", overlap, 3)
         starts = tuple(spread(n, p, o) for n, p, o in zip(padded.shape[1:], patch, overlaps, strict=True))
-        axes = self._axes(grid, placed.cropped, placed.target, placed.spacing, [low for low, _ in rim])
+        axes = self._axes(grid, placed.cropped, placed.target, placed.spacing, rim)
         return Prepared(
             torch.from_numpy(padded), self.patch_size, starts, gaussian(patch), axes, placed.frame
         )
@@ -252,15 +252,15 @@ class NnunetRecipe(Recipe):
         cropped: Sequence[int],
         target: Sequence[float],
         spacing: Sequence[float],
-        rim: Sequence[int],
+        rim: Sequence[tuple[int, int]],
     ) -> list[Axis] | None:
         """Where the voxels of the cropped scan lie on the network's padded grid."""
-        if tuple(grid) == tuple(cropped) and not any(rim):
+        if tuple(grid) == tuple(cropped) and not any(map(any, rim)):
             return None
         order, order_z = self.logits.orders
         apart = self.logits.separate(target, spacing)
         found_axes = []
-        for axis, (n, m, first) in enumerate(zip(grid, cropped, rim, strict=True)):
+        for axis, (n, m, (first, _)) in enumerate(zip(grid, cropped, rim, strict=True)):
             near = (order_z if axis == apart else order) == 0
             found_axes.append((_nearest(n, m) if near else Axis.linear(n, m)).shifted(first))
         return found_axes
