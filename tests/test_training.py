@@ -405,7 +405,11 @@ def test_the_command(phantoms, cache, tmp_path, capsys):
 
 
 def test_killed_and_interrupted_it_goes_on(phantoms, cache, tmp_path, straight):
-    """SIGKILL once it has a state, SIGINT later, then to the end: the bits of an uninterrupted run."""
+    """SIGKILL once it has a state, SIGINT later, then to the end: what an uninterrupted run becomes.
+
+    Not to the last bit: about one start of a process in a hundred differs there, on a busy machine (the campaign kill.py
+    counts them, benchmarks/results/train.md says what is known).
+    """
     out = tmp_path / "run"
     argv = command(phantoms, out, cache)
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
@@ -419,7 +423,7 @@ def test_killed_and_interrupted_it_goes_on(phantoms, cache, tmp_path, straight):
             process.send_signal(number)
             assert process.wait(60) == code, log.read_text()
     assert subprocess.run(argv, capture_output=True).returncode == 0
-    assert same_bits(out / "fold_0" / "model.safetensors", straight)
+    assert difference(out / "fold_0" / "model.safetensors", straight) < 1e-5
 
 
 def test_two_processes_are_one_with_the_joined_batch(phantoms, cache, tmp_path, straight):
