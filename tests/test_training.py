@@ -407,8 +407,8 @@ def test_the_command(phantoms, cache, tmp_path, capsys):
 def test_killed_and_interrupted_it_goes_on(phantoms, cache, tmp_path, straight):
     """SIGKILL once it has a state, SIGINT later, then to the end: what an uninterrupted run becomes.
 
-    Not to the last bit: about one start of a process in a hundred differs there, on a busy machine (the campaign kill.py
-    counts them, benchmarks/results/train.md says what is known).
+    Not to the last bit: about one start of a process in a hundred differs there, on a busy machine (the campaign
+    kill.py counts them, benchmarks/results/train.md says what is known).
     """
     out = tmp_path / "run"
     argv = command(phantoms, out, cache)
