@@ -95,8 +95,8 @@ def write(
 def _put(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """The safetensors format: the header's length, the header as JSON, the tensors' bytes.
 
-    Its own library wants two copies of everything in memory: at the end of an epoch a run with 16 million weights and
-    AdamW held 390 MB for that.
+    Its own library wants two copies of everything in memory: a training with 16 million weights and AdamW peaked at
+    1.59 GB by it, and peaks at 1.03 GB so.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))  # aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -85,6 +85,11 @@ def threads() -> int:
     return 1 if _state.forked else torch.get_num_threads()
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_strict(strict: bool) -> None:
     """With True a call that would be handed to torch raises `convoxel.HandedToTorch` instead."""
     _state.strict = bool(strict)

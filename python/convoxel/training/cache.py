@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from ..importers.trained import SAME_PLACE, check_scans
 from ..progress import bar
+from ..runtime import cores
 from ..volume import Volume, read
 from ..volume.files import machine_memory
 from .cases import Case, Dataset
@@ -179,10 +180,9 @@ def _build(
 
 def at_a_time(cases: Sequence[Case]) -> int:
     """How many cases are read at a time: one a core, but no more than fit into half of the memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A case in work: gzip holds int16 in a third, float32 is twice that, and resampling has it twice.
     largest = max(sum(path.stat().st_size for path in case.images) for case in cases)
-    return max(1, min(cores, machine_memory() // 2 // max(1, 12 * largest)))
+    return max(1, min(cores(), machine_memory() // 2 // max(1, 12 * largest)))
 
 
 def _fill(case: Case, entry: Path, dataset: Dataset, recipe: Recipe) -> str | None:

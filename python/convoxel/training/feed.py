@@ -7,7 +7,6 @@ where it is waited for.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..runtime import cores
 from .augment import Augmentation, augment
 from .cache import Stored
 from .patches import FOREGROUND, Drawn, draw
@@ -173,8 +173,7 @@ def _single() -> None:
 
 def default_workers() -> int:
     """Half of the cores that this process may use, at least 1, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // 2))
+    return min(8, max(1, cores() // 2))
 
 
 def _check(

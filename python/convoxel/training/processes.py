@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..runtime import cores
+
 _PATIENCE = datetime.timedelta(days=1)  # the first process may fill a cache for hours
 
 
@@ -58,8 +60,7 @@ def processes() -> Iterator[Processes]:
         yield ALONE
         return
     # torchrun sets OMP_NUM_THREADS=1 where nobody has, which would leave most cores idle.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), world_size)

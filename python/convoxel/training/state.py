@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checkpoint
+from ..importers.networks import unique
 
 KIND = "convoxel training state"
 _SMOOTH = 0.9  # share of the old in the running Dice (nnU-Net: the same)
@@ -74,7 +75,7 @@ def save(
 
     Raises OSError where the disk is full; what was there before is then still there, whole.
     """
-    tensors = {f"network.{name}": tensor for name, tensor in _weights(network).items()}
+    tensors = {f"network.{name}": tensor for name, tensor in unique(network).items()}
     tensors |= {
         f"optimizer.{name}.{key}": value
         for name, parameter in network.named_parameters()
@@ -94,7 +95,7 @@ def load(path: Path, network: nn.Module, optimizer: Optimizer) -> tuple[Progress
     if about is None or about.get("kind") != KIND:
         raise ValueError(f"{path} is no state of `convoxel train`; give another output folder")
     weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-    expected = _weights(network)
+    expected = unique(network)
     checkpoint.check_fits(path, weights, expected)
     for name, tensor in expected.items():
         tensor.detach().copy_(weights[name])
@@ -110,7 +111,3 @@ def remove_leftovers(folder: Path) -> None:
     """Files half written by a run that was killed."""
     for path in folder.rglob(".*.tmp"):
         os.unlink(path)
-
-
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
