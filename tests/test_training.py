@@ -198,14 +198,17 @@ def test_the_seed_decides(begin, straight):
 
 @pytest.mark.parametrize("change", [{"epochs": 3}, {"learning_rate": 0.02}, {"patch_size": [16, 16, 16]}])
 def test_another_run_does_not_go_on_here(change, begin):
+    """Once it is begun: until then it is planned as often as one likes."""
     begin()
+    begin(**change)
+    begin().fold_folder("0").mkdir()
     name = next(iter(change))
     with pytest.raises(ValueError, match=f"holds a run with {name} .* not .*give another -o"):
         begin(**change)
 
 
 def test_other_cases_do_not_go_on_here(begin, phantoms, tmp_path, cache):
-    begin()
+    begin().fold_folder("0").mkdir()
     other = make_dataset(tmp_path / "Dataset002_Other", cases=4, test_cases=0, shape=(24, 40, 40))
     with pytest.raises(ValueError, match=r"holds a run on other cases \(5, now 4\)"):
         run.open_run(other, tmp_path / "run", TINY, cache=cache)
@@ -395,7 +398,9 @@ def command(phantoms: Path, out: Path, cache: Path, *flags: str, processes: int 
 def test_the_command(phantoms, cache, tmp_path, capsys):
     out = tmp_path / "run"
     argv = command(phantoms, out, cache)[3:]
-    assert cli.main([*argv, "--plan-only"]) == 0 and not (out / "fold_0").exists()
+    assert cli.main([*argv, "--plan-only", "--epochs", "7"]) == 0 and not (out / "fold_0").exists()
+    assert "7 epochs of 3 steps" in capsys.readouterr().out
+    assert cli.main([*argv, "--plan-only"]) == 0
     assert "2 epochs of 3 steps" in capsys.readouterr().out
     assert cli.main(argv) == 0
     text = capsys.readouterr().out

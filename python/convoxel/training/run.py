@@ -88,25 +88,29 @@ def open_run(
     group: Processes = ALONE,
     progress: bool = False,
 ) -> Run:
-    """The run in `out`; a new one is planned, and written down by the first process.
+    """The run in `out`. Until a fold is begun it is planned anew, and written down by the first process.
 
     Args:
-        given: settings as plain data; what they do not name is as it was, or as `Settings` has it.
+        given: settings as plain data; what they do not name is as it was in a run that is begun, else as `Settings`
+            has it.
         cache: the folder for scans made ready; None: out/cache.
 
     Raises:
-        ValueError: `out` holds a run with other settings, or of another dataset; the dataset cannot be used.
+        ValueError: `out` holds a run that was begun with other settings, or on another dataset; the dataset cannot be
+            used.
 
     >>> open_run("Dataset001_Phantom", "run", {"epochs": 20}).plan.patch_size
     (64, 112, 112)
     """
     found, folder = find_cases(dataset), Path(out)
     made = folder / "settings.yaml"
-    before = read_settings(made) if made.is_file() else {}
+    before = read_settings(made) if made.is_file() and any(folder.glob("fold_*")) else {}
     settings = settings_from({**before, **(given or {})}, str(made) if before else "settings")
     if before:
         _check_same(settings_from(before, str(made)), settings, folder)
-    plan = group.from_first(_planned(found, settings, folder, progress) if group.is_first else None)
+    plan = group.from_first(
+        _planned(found, settings, folder, bool(before), progress) if group.is_first else None
+    )
     return Run(found, folder, settings, plan, cache or folder / "cache")
 
 
@@ -119,9 +123,9 @@ def _check_same(before: Settings, now: Settings, folder: Path) -> None:
             )
 
 
-def _planned(dataset: Dataset, settings: Settings, folder: Path, progress: bool) -> Plan:
+def _planned(dataset: Dataset, settings: Settings, folder: Path, begun: bool, progress: bool) -> Plan:
     path = folder / "plan.json"
-    if path.is_file():
+    if begun:
         found = json.loads(path.read_text())
         if tuple(found["cases"]) != tuple(dataset.names):
             raise ValueError(f"{folder} holds a run on other cases ({len(found['cases'])}, now {len(dataset.names)}); "
